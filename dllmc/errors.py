@@ -1,0 +1,36 @@
+"""The typed errors that users see, one class a kind.
+
+Every message says what happened, where, what was expected and found, and what to do next.
+"""
+
+
+class DllmcError(Exception):
+    """Base class of every error that dllmc raises on purpose."""
+
+
+class ConfigError(DllmcError):
+    """A config.json, a model spec or compile options that are incomplete, contradictory or not supported."""
+
+
+class CheckpointError(DllmcError):
+    """A checkpoint folder whose files or tensors are missing, corrupt, or do not fit its config."""
+
+
+class CaptureError(DllmcError):
+    """A module that cannot be captured as a denoising step; names the node and the line in the user's model."""
+
+
+class PassError(DllmcError):
+    """A pipeline that cannot run, or a pass that left the graph in a state it must not leave."""
+
+
+class ProgramError(DllmcError):
+    """A program that is malformed, or whose memory plan would overwrite a value that is still needed."""
+
+
+class ArtifactError(DllmcError):
+    """An artifact directory that is incomplete, altered, or written by a newer version; names file and field."""
+
+
+class RequestError(DllmcError):
+    """A prompt or sampling parameters that cannot be served; raised before anything runs, with the numbers."""
