@@ -1,10 +1,25 @@
-"""Reading config.json strictly: each field is checked where it is read, and an error names file and field."""
+"""Reading a checkpoint's JSON strictly: each field is checked where it is read; an error names file and field."""
 
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dllmc.errors import ConfigError
+from dllmc.errors import ConfigError, DllmcError
+
+
+def read_json(path: Path, error: type[DllmcError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in a file. Raises `error` where the file holds something else."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: expected JSON, found something else ({cause}); download or write it again") from cause
+    if not isinstance(values, dict):
+        raise error(f"{path}: expected a JSON object {{...}}, found a {type(values).__name__}")
+    return values
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -26,9 +41,10 @@ class Fields:
         return int(value)
 
     def number(self, field: str, default: float) -> float:
-        """A positive number."""
+        """A positive number that a float can hold."""
         value = self._get(field, default)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        ok = is_number and 0 < value <= sys.float_info.max
         self.require(ok, field, "a positive number")
         return float(value)
 
@@ -38,10 +54,18 @@ class Fields:
         self.require(isinstance(value, bool), field, "true or false")
         return bool(value)
 
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """One token id or a list of them, as a tuple; empty where the field is absent or null."""
+        value = self.values.get(field)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        ok = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        self.require(ok, field, "a token id or a list of token ids")
+        return tuple(ids)
+
     def require_value(self, field: str, expected: object, meaning: str) -> None:
         """Refuse a variant that the reference models do not have; an absent field passes."""
-        value = self.values.get(field, expected)
-        ok = value == expected or (value is None and expected is False)
+        value = self.values.get(field)
+        ok = value is None or value == expected
         self.require(ok, field, f"{expected!r} ({meaning}; other variants are not supported)")
 
     def require_divides(self, divisor: str, field: str) -> None:

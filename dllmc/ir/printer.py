@@ -1,0 +1,36 @@
+"""A program as text: one line an instruction, one a buffer."""
+
+from dllmc.ir.program import DType, Operand, Program, View, dense_strides
+
+
+def text_of(program: Program) -> str:
+    """The whole program, for people; `to_json` is what tools read."""
+    lines = [f"program {program.name}"]
+    for title, tensors in (("input", program.inputs), ("weight", program.weights), ("buffer", program.buffers)):
+        for name, tensor in tensors.items():
+            shape = ", ".join(map(str, tensor.shape))
+            place = "" if tensor.offset is None else f" at {tensor.offset}"
+            life = "" if tensor.lifetime is None else f", alive [{tensor.lifetime[0]}, {tensor.lifetime[1]})"
+            lines.append(f"  {title} {name}: {tensor.dtype}[{shape}]{place}{life}")
+    for index, instruction in enumerate(program.instructions):
+        outputs = ", ".join(_text(program, view) for view in instruction.outputs)
+        inputs = ", ".join(_text(program, operand) for operand in instruction.inputs)
+        lines.append(f"  {index:4d}  {outputs} = {instruction.op}({inputs})")
+    lines += [f"  return {name} = {_text(program, view)}" for name, view in program.outputs.items()]
+    return "\n".join(lines)
+
+
+def _text(program: Program, operand: Operand) -> str:
+    if isinstance(operand, View):
+        whole = program.tensor(operand.base).shape
+        if operand == View(operand.base, whole, dense_strides(whole)):
+            return operand.base
+        shape = ", ".join(map(str, operand.shape))
+        if operand.strides == dense_strides(operand.shape) and not operand.offset.terms and not operand.offset.constant:
+            return f"{operand.base}[{shape}]"
+        return f"{operand.base}[{shape}; strides {', '.join(map(str, operand.strides))}; from {operand.offset}]"
+    if isinstance(operand, DType):
+        return operand.name
+    if isinstance(operand, tuple):
+        return f"[{', '.join(_text(program, item) for item in operand)}]"
+    return repr(operand)

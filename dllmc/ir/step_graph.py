@@ -1,0 +1,180 @@
+"""One denoising step as a functional fx graph, plus what fx does not know: the role of each placeholder.
+
+`symbols` names the graph's symbolic sizes in the program's words (`tokens`, `rows`, `guided`, `segments`).
+Passes rewrite `graph`; the pipeline then calls `propagate`, which brings `meta["val"]` up to date.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import SymInt, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from dllmc.errors import CaptureError
+from dllmc.ir.program import SYMBOLS, Affine, Program
+from dllmc.spec import ModelSpec
+
+# Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
+HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a placeholder is, and its name: a weight's in the model, an input's or a constant's in the program."""
+
+    kind: Literal["input", "weight", "constant"]
+    name: str
+
+
+@dataclass
+class StepGraph:
+    """A step on its way through the passes. `lower` sets `program`, `plan-memory` its offsets.
+
+    `tensors`: weights and constants by name; weights may lie on the meta device. `maxima`: the largest sizes of a
+    step. `outputs` names what the graph returns, in order.
+    """
+
+    module: fx.GraphModule
+    spec: ModelSpec
+    maxima: dict[str, int]
+    fake_mode: FakeTensorMode
+    roles: dict[str, Role]
+    tensors: dict[str, torch.Tensor]
+    symbols: dict[sympy.Symbol, str]
+    outputs: tuple[str, ...] = ("logits",)
+    program: Program | None = None
+    _sizes: dict[str, SymInt] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The fx graph that passes rewrite."""
+        return self.module.graph
+
+    def calls(self, *targets: object) -> Iterator[fx.Node]:
+        """The calls of any of the given operators, in order; every call when none is given."""
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and (not targets or node.target in targets):
+                yield node
+
+    def placeholders(self) -> Iterator[tuple[fx.Node, Role]]:
+        """Every placeholder with its role, in order."""
+        for node in self.graph.find_nodes(op="placeholder"):
+            yield node, self.roles[node.name]
+
+    def input(self, name: str) -> fx.Node | None:
+        """The placeholder of the step's input of that name, if the graph has it."""
+        return next((n for n, role in self.placeholders() if role == Role("input", name)), None)
+
+    def output_nodes(self) -> tuple[fx.Node, ...]:
+        """What the step returns, in the order of `outputs`."""
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def set_outputs(self, **outputs: fx.Node) -> None:
+        """Make the step return these values."""
+        self.graph.output_node().args = (tuple(outputs.values()),)
+        self.outputs = tuple(outputs)
+
+    def size(self, symbol: str) -> SymInt:
+        """The symbolic size of that name; made on first use."""
+        if symbol not in self._sizes:
+            env = self.shape_env
+            source, dynamic = ConstantSource(symbol), DimDynamic.DYNAMIC
+            made = env.create_symbol(HINTS[symbol], source=source, dynamic_dim=dynamic, do_not_specialize_zero_one=True)
+            assert isinstance(made, sympy.Symbol)
+            self.symbols[made] = symbol
+            size = env.create_symintnode(made, hint=HINTS[symbol], source=None)
+            assert isinstance(size, SymInt)
+            self._sizes[symbol] = size
+        return self._sizes[symbol]
+
+    @property
+    def shape_env(self) -> ShapeEnv:
+        """Where the graph's symbolic sizes live."""
+        env = self.fake_mode.shape_env
+        assert env is not None
+        return env
+
+    def add_input(self, name: str, shape: Sequence[int | SymInt], dtype: torch.dtype) -> fx.Node:
+        """A new input of the step; an input of that name that exists already is returned as it is."""
+        if (found := self.input(name)) is not None:
+            return found
+        with self.fake_mode:
+            value = torch.empty(tuple(shape), dtype=dtype)
+        return self._add_placeholder(Role("input", name), value)
+
+    def add_constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new constant, whose bytes travel with the weights."""
+        self.tensors[name] = value
+        return self._add_placeholder(Role("constant", name), self.fake_mode.from_tensor(value, static_shapes=True))
+
+    def _add_placeholder(self, role: Role, value: Any) -> fx.Node:
+        last = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(re.sub(r"\W", "_", role.name))
+        node.meta["val"] = value
+        self.roles[node.name] = role
+        return node
+
+    def affine(self, expression: int | SymInt, where: str) -> Affine:
+        """A size of the graph in the program's symbols. Raises `CaptureError` if it is not affine in them."""
+        if isinstance(expression, int):
+            return Affine(expression)
+        polynomial = sympy.Poly(expression.node.expr, *self.symbols) if self.symbols else None
+        if polynomial is None or polynomial.total_degree() > 1:
+            raise CaptureError(f"{where}: the size {expression} is not affine in the step's sizes")
+        terms = {}
+        for symbol, name in self.symbols.items():
+            if coefficient := int(polynomial.coeff_monomial(symbol)):
+                terms[name] = coefficient
+        return Affine(int(polynomial.coeff_monomial(1)), tuple(sorted(terms.items())))
+
+    def axis_of(self, node: fx.Node, symbol: str = "tokens") -> int | None:
+        """The axis of a value that counts `symbol`, or None. Raises `CaptureError` where several axes depend on it."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return None
+        named = {name: s for s, name in self.symbols.items()}
+        if symbol not in named:
+            return None
+        shape: Sequence[Any] = value.shape
+        sizes = {i: d.node.expr for i, d in enumerate(shape) if isinstance(d, SymInt)}
+        axes = [i for i, expression in sizes.items() if named[symbol] in expression.free_symbols]
+        if not axes:
+            return None
+        if len(axes) > 1 or sizes[axes[0]] != named[symbol]:
+            shape = [str(d) for d in value.shape]
+            raise CaptureError(
+                f"{describe(node)}: its shape {shape} does not keep the sequence on one axis of its own, "
+                "so requests cannot be packed along it"
+            )
+        return axes[0]
+
+    def propagate(self) -> None:
+        """Recompile and recompute every `meta["val"]`."""
+        self.module.recompile()
+        FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(
+            *(node.meta["val"] for node, _ in self.placeholders())
+        )
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line, in function: code` of the user's model, the innermost frame outside torch; empty if unknown."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', trace)
+    if not frames:
+        return ""
+    path, line, function, code = frames[-1]
+    return f"{path}:{line}, in {function}: {code.strip()}"
+
+
+def describe(node: fx.Node) -> str:
+    """A node for messages: its name, its operator and its line in the user's model."""
+    line = source_line(node)
+    return f"{node.name} ({node.target})" + (f" at {line}" if line else "")

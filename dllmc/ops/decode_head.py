@@ -1,0 +1,225 @@
+"""`dllmc::decode_head`: final linear, softmax and choice of a token in one, without a [rows, vocab] tensor.
+
+    hidden [R, D] and weight [V, D] of one dtype, bias [V] or None; logits z = scale * (hidden @ weight.T + bias)
+    row_segment [R] int64: a row's index in the per-segment tables; row_position [R] int64: in its sequence
+    temperature [S] float32 (0: greedy), top_k [S] int64 (0: off, at most 1024), top_p [S] float32 (1 and more: off),
+    confidence_rule, seed, step [S] int64, suppressed [S, K] int64 padded with -1
+    -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the chosen token)
+
+Rules: semantics.md, "Commit". Statistics and the logits of a tile are float32, whatever the dtype of `hidden`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllmc.errors import ProgramError
+from dllmc.ops import noise
+from dllmc.ops.head_partials import finish, head_partials, merge
+from dllmc.ops.head_rows import CANDIDATES, HeadRows
+from dllmc.ops.head_rows import ConfidenceRule as ConfidenceRule
+from dllmc.ops.library import library
+
+# Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
+BUDGET = 1 << 20
+# More rows are decoded in chunks, so that a tile keeps about this many columns and the GEMM its speed.
+NARROWEST_TILE = 1024
+
+library.define(
+    "decode_head(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor row_segment, Tensor row_position,"
+    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor confidence_rule, Tensor seed, Tensor step,"
+    " Tensor suppressed) -> (Tensor token, Tensor confidence, Tensor logprob)"
+)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How R rows by V tokens are cut: rows a chunk, columns a tile, weight rows cast to float32 at a time (or 0)."""
+
+    rows: int
+    columns: int
+    cast_rows: int = 0
+
+    @classmethod
+    def of(cls, rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> "Tiling":
+        """Cut to fit `workspace_bytes` of the same or larger rows."""
+        budget = BUDGET if dtype == torch.float32 else BUDGET // 2
+        chunks = max(1, -(-rows * NARROWEST_TILE // budget))
+        chunk = max(1, -(-rows // chunks))
+        columns = budget // chunk
+        columns = vocab if columns >= vocab else columns // 256 * 256
+        cast = 0 if dtype == torch.float32 else min(columns, max(1, budget // hidden_size))
+        return cls(chunk, columns, cast)
+
+    def elements(self, hidden_size: int) -> int:
+        """Float32 elements of workspace in use."""
+        return self.rows * self.columns + self.cast_rows * hidden_size
+
+
+def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of workspace that suffice for up to `rows` rows: a tile of logits, and of weights if cast; about 4 MiB."""
+    if dtype == torch.float32:
+        return 4 * min(BUDGET, rows * vocab)
+    half = BUDGET // 2
+    return 4 * (min(half, rows * vocab) + min(max(half, hidden_size), vocab * hidden_size))
+
+
+def workspace_of(shapes: Sequence[tuple[int, ...]]) -> int:
+    """`workspace_bytes` from the shapes of a call's tensors, enough for any dtype."""
+    (rows, hidden_size), (vocab, _) = shapes[:2]
+    return max(workspace_bytes(rows, vocab, hidden_size, dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    row_segment: Tensor,
+    row_position: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    confidence_rule: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    suppressed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, over full logits, in the dtype of `hidden` (float32, or float64 for tests)."""
+    z = hidden @ weight.T
+    z = scale * (z if bias is None else z + bias)
+    for row, segment in enumerate(row_segment.tolist()):
+        z[row, suppressed[segment, suppressed[segment] >= 0]] = -torch.inf
+    token = torch.empty(z.shape[0], dtype=torch.int64)
+    confidence = z.new_empty(z.shape[0])
+    for row, s in enumerate(row_segment.tolist()):
+        key = seed[s], torch.arange(z.shape[1]), row_position[row], step[s]
+        scores = z[row]
+        if temperature[s] > 0:
+            kept = _kept(z[row] / temperature[s], int(top_k[s]), float(top_p[s]))
+            scores = (z[row] / temperature[s] + noise.gumbel(*key)).masked_fill(~kept, -torch.inf)
+        token[row] = scores.argmax()
+        p = z[row].softmax(0)
+        match ConfidenceRule(int(confidence_rule[s])):
+            case ConfidenceRule.LOW_CONFIDENCE:
+                confidence[row] = p[token[row]]
+            case ConfidenceRule.TOPK_MARGIN:
+                first, second = p.topk(2).values
+                confidence[row] = first - second
+            case ConfidenceRule.ENTROPY:
+                confidence[row] = -torch.special.entr(p).sum()
+            case ConfidenceRule.RANDOM:
+                confidence[row] = noise.uniform(seed[s], row_position.new_zeros(()), *key[2:], noise.CONFIDENCE_STREAM)
+    return token, confidence, z.log_softmax(1).gather(1, token[:, None])[:, 0]
+
+
+def _kept(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which of the logits z / t [V] top-k and top-p leave to choose from; bool [V]."""
+    order = scaled.argsort(descending=True, stable=True)
+    rank = torch.arange(len(scaled))
+    p = scaled.softmax(0)[order]
+    kept = torch.ones_like(rank, dtype=torch.bool)
+    if top_k > 0:
+        kept &= rank < min(top_k, CANDIDATES)
+    if top_p < 1:
+        kept &= (p.cumsum(0) - p <= top_p) & (rank < CANDIDATES)
+    return torch.empty_like(kept).scatter_(0, order, kept)
+
+
+def decode_head_out(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    row_segment: Tensor,
+    row_position: Tensor,
+    *tables: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    logprob: Tensor,
+    workspace: Tensor,
+) -> None:
+    """CPU: the operator into given outputs; `tables` are its seven per-segment arguments, in order.
+
+    workspace: uint8, contiguous, at least `workspace_bytes` of the call or of one with more rows. It holds a tile of
+    logits and, where `hidden` is not float32, a few rows of the weight cast to float32: torch's CPU GEMM would round
+    bfloat16 and float16 logits to their 8 or 11 bits. Transient besides it: `hidden` in float32 where it is cast,
+    [rows, 1024] candidates where top-k or top-p ask for them, and what `head_partials` says, all O(workspace).
+    Raises `ProgramError` for a workspace that is too small, `RequestError` for an unknown confidence rule.
+    """
+    tiling = Tiling.of(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
+    needed = 4 * tiling.elements(weight.shape[1])
+    if workspace.numel() < needed:
+        raise ProgramError(
+            f"decode_head: {hidden.shape[0]} rows by {weight.shape[0]} tokens need a workspace of {needed} bytes, "
+            f"found {workspace.numel()}; plan it with `workspace_bytes` for the largest number of rows"
+        )
+    floats = workspace[:needed].view(torch.float32)
+    for start in range(0, hidden.shape[0], tiling.rows):
+        part = slice(start, start + tiling.rows)
+        rows = HeadRows.of(row_segment[part], row_position[part], *tables)
+        token[part], confidence[part], logprob[part] = decode_tiles(
+            hidden[part], weight, bias, scale, rows, tiling, floats
+        )
+
+
+def decode_tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, rows: HeadRows, tiling: Tiling, floats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk of at most `tiling.rows` rows over all tiles of the vocabulary; `floats`: float32 workspace."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    merged = None
+    for start in range(0, vocab, tiling.columns):
+        stop = min(start + tiling.columns, vocab)
+        tile = floats[: count * (stop - start)].view(count, stop - start)
+        _project(hidden, weight[start:stop], tile, tiling.cast_rows, floats[tiling.rows * tiling.columns :])
+        if bias is not None:
+            tile += bias[start:stop]
+        if scale != 1.0:
+            tile *= scale
+        partials = head_partials(tile, start, rows)
+        merged = partials if merged is None else merge(merged, partials, rows)
+    assert merged is not None, "a head has at least one token"
+    return finish(merged, rows)
+
+
+def _project(hidden: Tensor, weight: Tensor, tile: Tensor, cast_rows: int, cast: Tensor) -> None:
+    """Fill `tile` with hidden @ weight.T in float32."""
+    if not cast_rows:
+        torch.mm(hidden, weight.T, out=tile)
+        return
+    hidden = hidden.float()
+    for start in range(0, weight.shape[0], cast_rows):
+        part = weight[start : start + cast_rows]
+        widened = cast[: part.numel()].view(part.shape).copy_(part)
+        torch.mm(hidden, widened.T, out=tile[:, start : start + cast_rows])
+
+
+def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
+    """Resolve a call over fixed memory."""
+    assert workspace is not None, "decode_head declares a workspace"
+    token, confidence, logprob = outs
+    return lambda: decode_head_out(*args, token=token, confidence=confidence, logprob=logprob, workspace=workspace)
+
+
+@torch.no_grad()
+def _decode_head(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outs = _fake(hidden, weight, *args)
+    token, confidence, logprob = outs
+    size = workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    decode_head_out(hidden, weight, *args, token=token, confidence=confidence, logprob=logprob, workspace=workspace)
+    return outs
+
+
+def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = hidden.shape[0]
+    token = hidden.new_empty(rows, dtype=torch.int64)
+    return token, hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(rows, dtype=torch.float32)
+
+
+library.impl("decode_head", _decode_head, "CPU")
+torch.library.register_fake("dllmc::decode_head", _fake, lib=library)

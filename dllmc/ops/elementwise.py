@@ -1,0 +1,88 @@
+"""Torch's own operators that a program may name: each writes into a given output, none allocates one.
+
+Names are those of the functional overloads. A program's operand list is the overload's positional arguments.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+# Functional overload -> torch function that takes the same positional arguments and `out=`.
+_WITH_OUT: Mapping[str, Callable[..., object]] = {
+    "aten.abs.default": torch.abs,
+    "aten.add.Scalar": torch.add,
+    "aten.add.Tensor": torch.add,
+    "aten.amax.default": torch.amax,
+    "aten.cat.default": torch.cat,
+    "aten.clamp.default": torch.clamp,
+    "aten.clamp_max.default": torch.clamp_max,
+    "aten.clamp_min.default": torch.clamp_min,
+    "aten.cos.default": torch.cos,
+    "aten.div.Scalar": torch.div,
+    "aten.div.Tensor": torch.div,
+    "aten.erf.default": torch.erf,
+    "aten.exp.default": torch.exp,
+    "aten.index_select.default": torch.index_select,
+    "aten.log.default": torch.log,
+    "aten.maximum.default": torch.maximum,
+    "aten.mean.dim": torch.mean,
+    "aten.minimum.default": torch.minimum,
+    "aten.mul.Scalar": torch.mul,
+    "aten.mul.Tensor": torch.mul,
+    "aten.neg.default": torch.neg,
+    "aten.pow.Scalar": torch.pow,
+    "aten.pow.Tensor_Scalar": torch.pow,
+    "aten.pow.Tensor_Tensor": torch.pow,
+    "aten.reciprocal.default": torch.reciprocal,
+    "aten.rsqrt.default": torch.rsqrt,
+    "aten.sigmoid.default": torch.sigmoid,
+    "aten.silu.default": torch.ops.aten.silu.out,
+    "aten.sin.default": torch.sin,
+    "aten.softmax.int": torch.softmax,
+    "aten.sqrt.default": torch.sqrt,
+    "aten.square.default": torch.square,
+    "aten.sub.Scalar": torch.sub,
+    "aten.sub.Tensor": torch.sub,
+    "aten.sum.dim_IntList": torch.sum,
+    "aten.tanh.default": torch.tanh,
+}
+
+
+def _bind_with_out(function: Callable[..., object]) -> Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Call]:
+    def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+        return partial(function, *args, out=outs[0])
+
+    return bind
+
+
+BINDERS = {name: _bind_with_out(function) for name, function in _WITH_OUT.items()}
+
+
+def bind_copy(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """`copy(source)`: the same elements in the output's layout and dtype."""
+    return partial(outs[0].copy_, args[0])
+
+
+def bind_linear(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """`aten.linear(x [..., in], weight [out, in], bias [out] | None)` as one GEMM over all leading dimensions."""
+    x, weight, *rest = args
+    rows, out, transposed = _as_rows(x), _as_rows(outs[0]), weight.T
+    if rest and rest[0] is not None:
+        return partial(torch.addmm, rest[0], rows, transposed, out=out)
+    return partial(torch.mm, rows, transposed, out=out)
+
+
+def bind_embedding(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """`aten.embedding(weight [V, D], ids [...])`: rows of the table."""
+    weight, ids = args[:2]
+    return partial(torch.index_select, weight, 0, ids.view(-1), out=_as_rows(outs[0]))
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[..., width] -> [n, width] over the same memory; raises where the layout does not allow it."""
+    return x.view(-1, x.shape[-1])

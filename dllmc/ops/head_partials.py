@@ -1,0 +1,180 @@
+"""The fused head's online statistics: what a tile of logits says of each row, how two tiles merge, how a row ends.
+
+A tile is any run of columns of the vocabulary, so a shard of it (tensor parallelism) merges as a tile does. Choices
+are the same however the vocabulary is split and in whatever order parts merge; sums differ by float32 rounding.
+Rules: semantics.md, "Commit".
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllmc.ops import noise
+from dllmc.ops.head_rows import HeadRows
+
+# Columns reduced together when looking for a maximum: finding its block first saves a slow argmax over the tile.
+_BLOCK = 256
+# exp of anything lower is 0 in float32; keeps 0 * -inf out of entropies.
+_LOWEST_EXPONENT = -200.0
+
+
+class Partials(NamedTuple):
+    """Statistics of R rows over a part of the vocabulary; logits z are clean, float32 unless said otherwise.
+
+    Every part lists at most `HeadRows.candidates` candidates; `keys` sort as (z, lower token id first) does.
+    """
+
+    maximum: Tensor  # [R] of z
+    sum_exp: Tensor  # [R] of exp(z - maximum)
+    score: Tensor  # [R] the choice's z, or z / t + noise if sampled
+    token: Tensor  # [R] int64: the choice: highest score, lowest token id
+    logit: Tensor  # [R] the choice's z
+    runner_up: Tensor  # [by_margin] the second highest z
+    sum_exp_times: Tensor  # [by_entropy] sum of (z - maximum) * exp(z - maximum)
+    scaled_sum: Tensor  # [filtered] sum of exp((z - maximum) / t)
+    keys: Tensor  # [filtered, <= candidates] int64, best first
+
+
+def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
+    """Partials of logits `tile` [R, width] float32, whose first column is token `vocab_start`. Overwrites the tile.
+
+    Transient memory: up to two copies of the tile's rows that are sampled or wanted by entropy or margin; three
+    int64 copies of those that are filtered.
+    """
+    width = tile.shape[1]
+    if rows.suppressed_row.numel():
+        column = rows.suppressed_token - vocab_start
+        here = (column >= 0) & (column < width)
+        tile[rows.suppressed_row[here], column[here]] = -torch.inf
+
+    maximum, column = _first_maximum(tile)
+    runner_up = tile[rows.by_margin].scatter_(1, column[rows.by_margin, None], -torch.inf).amax(1)
+    score, logit = maximum, maximum
+    if rows.sampled.numel():
+        drawn_score, drawn = _draw(tile, vocab_start, rows)
+        score = score.index_copy(0, rows.sampled, drawn_score)
+        column = column.index_copy(0, rows.sampled, drawn)
+        logit = tile.gather(1, column[:, None])[:, 0]
+
+    shift = _finite(maximum)
+    filtered = tile[rows.filtered]
+    keys = _pack(filtered, vocab_start).topk(min(rows.candidates, width), dim=1).values
+    filtered -= shift[rows.filtered, None]
+    scaled_sum = filtered.div_(rows.temperature[rows.filtered, None]).exp_().sum(1)
+
+    tile -= shift[:, None]
+    exponents = tile[rows.by_entropy].clamp_min_(_LOWEST_EXPONENT)
+    sum_exp_times = (exponents.exp() * exponents).sum(1)
+    sum_exp = tile.exp_().sum(1)
+    return Partials(maximum, sum_exp, score, column + vocab_start, logit, runner_up, sum_exp_times, scaled_sum, keys)
+
+
+def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
+    """Partials of two disjoint parts of the vocabulary together, in either order."""
+    maximum = torch.maximum(a.maximum, b.maximum)
+    shift = _finite(maximum)
+    sum_exp, sum_exp_times = torch.zeros_like(a.sum_exp), torch.zeros_like(a.sum_exp_times)
+    scaled_sum = torch.zeros_like(a.scaled_sum)
+    for part in (a, b):
+        rise = (part.maximum - shift).clamp_min(_LOWEST_EXPONENT)
+        sum_exp += rise.exp() * part.sum_exp
+        entropy_rise = rise[rows.by_entropy]
+        sum_exp_times += entropy_rise.exp() * (part.sum_exp_times + entropy_rise * part.sum_exp[rows.by_entropy])
+        scaled_rise = (part.maximum - shift)[rows.filtered] / rows.temperature[rows.filtered]
+        scaled_sum += scaled_rise.exp() * part.scaled_sum
+
+    better = (b.score > a.score) | ((b.score == a.score) & (b.token < a.token))
+    lower_maximum = torch.minimum(a.maximum, b.maximum)[rows.by_margin]
+    keys = torch.cat((a.keys, b.keys), dim=1)
+    return Partials(
+        maximum=maximum,
+        sum_exp=sum_exp,
+        score=torch.where(better, b.score, a.score),
+        token=torch.where(better, b.token, a.token),
+        logit=torch.where(better, b.logit, a.logit),
+        runner_up=torch.maximum(lower_maximum, torch.maximum(a.runner_up, b.runner_up)),
+        sum_exp_times=sum_exp_times,
+        scaled_sum=scaled_sum,
+        keys=keys.topk(min(rows.candidates, keys.shape[1]), dim=1).values,
+    )
+
+
+def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Token [R] int64, confidence [R] float32 and logprob [R] float32 from the partials of the whole vocabulary."""
+    maximum, sum_exp, token, logit = partials.maximum, partials.sum_exp, partials.token, partials.logit
+    if rows.filtered.numel():
+        drawn, drawn_logit = _draw_candidate(partials, rows)
+        token = token.index_copy(0, rows.filtered, drawn)
+        logit = logit.index_copy(0, rows.filtered, drawn_logit)
+
+    confidence = (logit - maximum).exp() / sum_exp
+    log_sum = sum_exp.log()
+    margin = -torch.expm1(partials.runner_up - maximum[rows.by_margin]) / sum_exp[rows.by_margin]
+    entropy = partials.sum_exp_times / sum_exp[rows.by_entropy] - log_sum[rows.by_entropy]
+    position, seed, step = (x[rows.by_random] for x in (rows.position, rows.seed, rows.step))
+    random = noise.uniform(seed, torch.zeros_like(position), position, step, noise.CONFIDENCE_STREAM)
+    confidence[rows.by_margin] = margin
+    confidence[rows.by_entropy] = entropy
+    confidence[rows.by_random] = random
+    return token, confidence, logit - maximum - log_sum
+
+
+def _draw(tile: Tensor, vocab_start: int, rows: HeadRows) -> tuple[Tensor, Tensor]:
+    """Gumbel-max over the tile's unfiltered columns: the sampled rows' best scores and their columns."""
+    position, seed, step, temperature = (
+        x[rows.sampled] for x in (rows.position, rows.seed, rows.step, rows.temperature)
+    )
+    scores = tile[rows.sampled].div_(temperature[:, None])
+    scores += noise.gumbel_range(seed, vocab_start, tile.shape[1], position, step)
+    return _first_maximum(scores)
+
+
+def _draw_candidate(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor]:
+    """Gumbel-max over the candidates that top-k and top-p keep: the filtered rows' tokens and their logits."""
+    position, seed, step, temperature, maximum = (
+        x[rows.filtered, None] for x in (rows.position, rows.seed, rows.step, rows.temperature, partials.maximum)
+    )
+    logit, token = _unpack(partials.keys)
+    probability = ((logit - _finite(maximum)) / temperature).exp() / partials.scaled_sum[:, None]
+    better = torch.cat((torch.zeros_like(maximum), probability.cumsum(1)[:, :-1]), dim=1)
+    rank = torch.arange(token.shape[1], device=token.device)
+    kept = (rank < rows.top_k[:, None]) & (better <= rows.top_p[:, None])
+    score = (logit / temperature + noise.gumbel(seed, token, position, step)).masked_fill(~kept, -torch.inf)
+    best = score == score.amax(1, keepdim=True)
+    drawn = token.masked_fill(~best, noise.LOW_WORD).argmin(1, keepdim=True)  # the lowest token id among the best
+    return token.gather(1, drawn)[:, 0], logit.gather(1, drawn)[:, 0]
+
+
+def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and its lowest column; x [rows, width]."""
+    if x.shape[1] % _BLOCK:
+        column = x.argmax(1)
+        return x.gather(1, column[:, None])[:, 0], column
+    blocks = x.view(x.shape[0], -1, _BLOCK)
+    of_block = blocks.amax(2)
+    block = of_block.argmax(1, keepdim=True)
+    inside = torch.take_along_dim(blocks, block[:, :, None], dim=1)[:, 0].argmax(1)
+    return of_block.gather(1, block)[:, 0], block[:, 0] * _BLOCK + inside
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """A maximum to subtract: rows of a part whose tokens are all suppressed have -inf, and -inf - -inf is not 0."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def _pack(logits: Tensor, vocab_start: int) -> Tensor:
+    """Int64 keys [rows, width] in the order of (logit, lower token id first): one top-k settles ties exactly."""
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0, and must not sort below it
+    tokens = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
+    return _ordered(bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(noise.LOW_WORD - tokens)
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (float32) and tokens (int64) of packed keys."""
+    return _ordered((keys >> 32).to(torch.int32)).view(torch.float32), noise.LOW_WORD - (keys & noise.LOW_WORD)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Float32 bit patterns as int32 in the floats' order, and back."""
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)

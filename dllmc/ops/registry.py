@@ -1,0 +1,43 @@
+"""The operators that a program may name: the allow-list of `dllmc.ir.program`.
+
+An operator's `bind` resolves a call once, over fixed memory, to a function of no arguments; the executor then
+only calls it. `workspace_bytes` is what a call needs besides its outputs, at the program's largest sizes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dllmc.errors import ProgramError
+from dllmc.ops import attention, decode_head, elementwise, guide_rows
+
+Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How a named operator runs. `workspace_bytes` maps the shapes of a call's tensors (in order) to bytes."""
+
+    bind: Bind
+    workspace_bytes: Callable[[Sequence[tuple[int, ...]]], int] | None = None
+
+
+OPERATORS: dict[str, Operator] = {
+    "copy": Operator(elementwise.bind_copy),
+    "aten.embedding.default": Operator(elementwise.bind_embedding),
+    "aten.linear.default": Operator(elementwise.bind_linear),
+    "dllmc.attention.default": Operator(attention.bind),
+    "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
+    "dllmc.guide_rows.default": Operator(guide_rows.bind),
+    **{name: Operator(bind) for name, bind in elementwise.BINDERS.items()},
+}
+
+
+def operator(name: str) -> Operator:
+    """The operator of that name. Raises `ProgramError`: a program may name no other."""
+    if name not in OPERATORS:
+        choices = ", ".join(sorted(OPERATORS))
+        raise ProgramError(f"operator {name!r} is not on the allow-list; this version has: {choices}")
+    return OPERATORS[name]

@@ -1,0 +1,187 @@
+"""The graph becomes a program: out-variants over buffers, with every view an operand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dllmc.errors import PassError
+from dllmc.ir.program import Affine, DType, Instruction, Operand, Program, Shape, Tensor, View, dense_strides
+from dllmc.ir.step_graph import StepGraph, describe, source_line
+from dllmc.ops.registry import OPERATORS
+from dllmc.passes.base import Pass, PassResult
+
+aten = torch.ops.aten
+
+# Calls that, where they are not views, only move or convert elements.
+_COPIES = (
+    aten.to.dtype,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+# Operands whose leading dimensions must merge into one: the binder sees a matrix.
+_NEED_ROWS = {"aten.linear.default": 0, "aten.embedding.default": 1}
+_NO_VALUE = ("device", "layout", "pin_memory", "memory_format")
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """One instruction a call, in the graph's order.
+
+    Case 1: a call whose result shares its input's storage is a view: an operand with strides, no instruction.
+    Case 2: a reshape that cannot be a view, or a conversion, is a `copy`.
+    Case 3: any other call writes new buffers, dense in the layout that the call gives its result in eager mode.
+    """
+
+    name = "lower"
+    requires = ("head-fused",)
+    ensures = ("lowered",)
+
+    def run(self, step: StepGraph) -> PassResult:
+        lowering = _Lowering(step)
+        for node in step.calls():
+            lowering.call(node)
+        step.program = lowering.program()
+        return PassResult(False, {"instructions": len(lowering.instructions), "buffers": len(lowering.buffers)})
+
+
+class _Lowering:
+    """The state of one lowering. `home` maps a storage of the fake values to the tensor that holds it."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.step = step
+        self.home: dict[int, str] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.instructions: list[Instruction] = []
+        for node, role in step.placeholders():
+            if node.users:
+                group = self.inputs if role.kind == "input" else self.weights
+                group[role.name] = self._tensor(node.meta["val"], describe(node))
+                self.home[_storage(node.meta["val"])] = role.name
+
+    def call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        results = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor)]
+        if all(_storage(v) in self.home for v in results):
+            return
+        outputs = tuple(self._new_buffer(f"%{node.name}" + (f".{i}" if i else ""), v) for i, v in enumerate(results))
+        if node.target in _COPIES:
+            source = self._view(node.args[0].meta["val"])  # type: ignore[union-attr]
+            outputs = (View(outputs[0].base, source.shape, dense_strides(source.shape)),)
+            self._emit("copy", (source,), outputs, node)
+            return
+        name = str(node.target)
+        if name not in OPERATORS:
+            raise PassError(
+                f"pass 'lower': {describe(node)}: no operator of a program computes this; "
+                f"programs have {', '.join(sorted(OPERATORS))}"
+            )
+        operands = self._operands(node, name)
+        self._emit(name, operands, outputs, node)
+
+    def program(self) -> Program:
+        returned = dict(zip(self.step.outputs, self.step.output_nodes(), strict=True))
+        return Program(
+            name="dense",
+            maxima=self.step.maxima,
+            inputs=self.inputs,
+            weights=self.weights,
+            buffers=self.buffers,
+            instructions=tuple(self.instructions),
+            outputs={name: self._view(node.meta["val"]) for name, node in returned.items()},
+        )
+
+    def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
+        workspace, needed = None, OPERATORS[op].workspace_bytes
+        if needed is not None:
+            views = [operand for operand in inputs if isinstance(operand, View)]
+            shapes = [tuple(d.at(self.step.maxima) for d in view.shape) for view in views]
+            workspace = f"%{node.name}.workspace"
+            self.buffers[workspace] = Tensor("uint8", (Affine(needed(shapes)),))
+        self.instructions.append(Instruction(op, inputs, outputs, workspace, source_line(node)))
+
+    def _operands(self, node: fx.Node, name: str) -> tuple[Operand, ...]:
+        """The call's arguments in the order of its schema; trailing ones at their defaults are left out."""
+        operands: list[Operand] = []
+        needed = 0
+        for index, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+            default = parameter.default_value if parameter.has_default_value() else None
+            given: Any = node.args[index] if index < len(node.args) else node.kwargs.get(parameter.name, default)
+            if parameter.name in _NO_VALUE:
+                continue
+            if given != default or not parameter.has_default_value():
+                if parameter.kwarg_only:
+                    raise PassError(f"pass 'lower': {describe(node)}: option {parameter.name}={given!r} is not supported")
+                needed = index + 1
+            if _NEED_ROWS.get(name) == index:
+                given = self._row_viewable(given, node)
+            operands.append(self._operand(given, node))
+        return tuple(operands[:needed])
+
+    def _operand(self, value: Any, node: fx.Node) -> Operand:
+        if isinstance(value, View):
+            return value
+        if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
+            return self._view(value.meta["val"])
+        if isinstance(value, list | tuple):
+            return tuple(self._operand(item, node) for item in value)
+        if isinstance(value, torch.dtype):
+            return DType(str(value).removeprefix("torch."))
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise PassError(f"pass 'lower': {describe(node)}: the argument {value} is not known before a step runs")
+
+    def _row_viewable(self, operand: fx.Node, node: fx.Node) -> fx.Node | View:
+        """The operand, or a dense copy of it where its leading dimensions do not merge into one."""
+        value = operand.meta["val"]
+        try:
+            value.view(-1, value.shape[-1])
+            return operand
+        except (RuntimeError, ValueError):
+            source = self._view(value)
+            base = f"%{node.name}.rows"
+            self.buffers[base] = Tensor(_dtype(value), source.shape)
+            dense = View(base, source.shape, dense_strides(source.shape))
+            self._emit("copy", (source,), (dense,), node)
+            return dense
+
+    def _new_buffer(self, name: str, value: torch.Tensor) -> View:
+        self.buffers[name] = self._tensor(value, name)
+        self.home[_storage(value)] = name
+        return self._view(value)
+
+    def _tensor(self, value: torch.Tensor, where: str) -> Tensor:
+        """The dense, row-major tensor that holds a value, its dimensions ordered by the value's strides."""
+        shape, strides = (self._affine(axes, where) for axes in (value.shape, value.stride()))
+        hints = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
+        order = sorted(range(len(shape)), key=lambda axis: (-hints[axis], axis))
+        dense = tuple(shape[axis] for axis in order)
+        wanted = dict(zip(order, dense_strides(dense), strict=True))
+        if any(strides[axis] != wanted[axis] and shape[axis] != Affine(1) for axis in order):
+            raise PassError(f"pass 'lower': {where}: its layout {strides} is not dense")
+        return Tensor(_dtype(value), dense)
+
+    def _view(self, value: torch.Tensor) -> View:
+        base = self.home[_storage(value)]
+        shape, strides = (self._affine(axes, base) for axes in (value.shape, value.stride()))
+        return View(base, shape, strides, self.step.affine(value.storage_offset(), base))
+
+    def _affine(self, sizes: Sequence[Any], where: str) -> Shape:
+        return tuple(self.step.affine(size, where) for size in sizes)
+
+
+def _storage(value: torch.Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
+
+
+def _dtype(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

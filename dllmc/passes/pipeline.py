@@ -1,0 +1,117 @@
+"""Pipelines: text to passes and back, and running them with their claims checked.
+
+After a pass that modified the graph, dead code goes, the graph is linted, every value is recomputed on fake
+tensors, and the facts that hold so far are checked again.
+"""
+
+import importlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from dllmc.errors import PassError
+from dllmc.ir.step_graph import StepGraph
+from dllmc.passes.base import Pass
+from dllmc.passes.facts import FACTS
+
+REGISTRY = {
+    "inline-regions": "InlineRegions",
+    "remove-noops": "RemoveNoops",
+    "fold-constants": "FoldConstants",
+    "cse": "CommonSubexpressions",
+    "lift-positions": "LiftPositions",
+    "pack-tokens": "PackTokens",
+    "select-logit-rows": "SelectLogitRows",
+    "fuse-head": "FuseHead",
+    "lower": "Lower",
+    "plan-memory": "PlanMemory",
+}
+"""Pass name -> class name; the module is the name with underscores, imported on first use."""
+
+DEFAULT_PIPELINE = ",".join(REGISTRY)
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What one pass did: its text, whether it modified the graph, its counts, and its time in seconds."""
+
+    text: str
+    modified: bool
+    stats: dict[str, int]
+    seconds: float
+
+
+def lookup(name: str) -> type[Pass]:
+    """The pass of that name. Raises `PassError` listing the choices."""
+    if name not in REGISTRY:
+        raise PassError(f"no pass is named {name!r}; choose from: {', '.join(REGISTRY)}")
+    module = importlib.import_module(f"dllmc.passes.{name.replace('-', '_')}")
+    found: type[Pass] = getattr(module, REGISTRY[name])
+    return found
+
+
+def parse(text: str) -> tuple[Pass, ...]:
+    """Passes from text such as `cse,fuse-head{tile=8192}`. Raises `PassError` naming the part that is wrong."""
+    passes = []
+    for part in re.findall(r"[^,{]+(?:\{[^}]*\})?", text):
+        match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*", part)
+        if match is None:
+            raise PassError(f"pipeline {text!r}: expected NAME or NAME{{OPTION=VALUE,...}}, found {part!r}")
+        passes.append(_with_options(lookup(match[1]), match[2] or ""))
+    return tuple(passes)
+
+
+def text_of(passes: Sequence[Pass]) -> str:
+    """Pipeline text that `parse` reads back equal."""
+    return ",".join(map(str, passes))
+
+
+def run(step: StepGraph, passes: Sequence[Pass]) -> tuple[LogEntry, ...]:
+    """Run the passes on the step in place and return what each did. Raises `PassError` naming the pass."""
+    log, facts = [], set[str]()
+    for index, current in enumerate(passes):
+        if missing := [fact for fact in current.requires if fact not in facts]:
+            ensuring = [name for name in REGISTRY if set(lookup(name).ensures) & set(missing)]
+            raise PassError(
+                f"pass {current.name!r} requires {', '.join(missing)}, which nothing before it ensures; "
+                f"put {' and '.join(ensuring)} before it in {text_of(passes)!r}"
+            )
+        began = time.perf_counter()
+        before = len(step.graph.nodes)
+        result = current.run(step)
+        facts |= set(current.ensures)
+        if result.modified:
+            _settle(step, current)
+        elif len(step.graph.nodes) != before:
+            raise PassError(f"pass {current.name!r} changed the graph but reports modified=False")
+        for fact in sorted(facts if result.modified else current.ensures):
+            if (problem := FACTS[fact](step)) is not None:
+                claim = "ensures" if fact in current.ensures else "broke"
+                raise PassError(f"pass {current.name!r} {claim} {fact!r}, but {problem}")
+        log.append(LogEntry(str(passes[index]), result.modified, dict(result.stats), time.perf_counter() - began))
+    return tuple(log)
+
+
+def _settle(step: StepGraph, after: Pass) -> None:
+    """Bring a modified graph into a valid state, or say which pass left it in none."""
+    try:
+        step.graph.eliminate_dead_code()
+        step.graph.lint()
+        step.propagate()
+    except Exception as error:
+        raise PassError(f"pass {after.name!r} left a graph that does not run: {error}") from error
+
+
+def _with_options(cls: type[Pass], text: str) -> Pass:
+    known = {f.name.replace("_", "-"): f for f in fields(cls)}
+    options = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        if key not in known:
+            choices = ", ".join(known) or "none"
+            raise PassError(f"pass {cls.name!r} has no option {key!r}; its options: {choices}")
+        if known[key].type is not int or not re.fullmatch(r"\d+", value):
+            raise PassError(f"option {key!r} of pass {cls.name!r}: expected an integer, found {value!r}")
+        options[known[key].name] = int(value)
+    return cls(**options)

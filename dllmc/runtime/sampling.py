@@ -1,0 +1,60 @@
+"""Which candidates of a step are committed, for all of its requests at once (semantics.md, "Commit").
+
+`decode_head` gives each row of the head a token and a confidence; a row belongs to one request, its segment.
+Every decision is a sort and a few gathers over rows: no loop over requests, no dependence between segments.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def select_commits(
+    segment: IntArray,
+    position: IntArray,
+    confidence: FloatArray,
+    deferred: BoolArray,
+    count: IntArray,
+    threshold: FloatArray,
+) -> BoolArray:
+    """Select the rows to commit: [rows] bool. Rows may come in any order.
+
+    Rows of a segment rank by descending confidence, NaN last; ties by ascending position. A segment whose
+    threshold is +inf commits its `count` best rows; any other commits each row with confidence >= threshold, and
+    always its best one. Deferred rows count as confidence -inf, unless all rows of their segment are deferred.
+
+    segment: [rows] in [0, segments). position, confidence: [rows]. deferred: [rows], from `deferred_choices`.
+    count, threshold: [segments].
+    """
+    rows = np.bincount(segment, minlength=count.size)
+    undeferred = np.bincount(segment[~deferred], minlength=count.size)
+    confidence = np.where(deferred & (undeferred[segment] > 0), -np.inf, confidence)
+
+    order = np.lexsort((position, -confidence, segment))  # the last key is the primary one; NaN sorts last
+    first = np.cumsum(rows) - rows
+    rank = np.empty(segment.size, np.int64)
+    rank[order] = np.arange(segment.size) - first[segment[order]]
+
+    fixed = np.isposinf(threshold)[segment]
+    confident = (confidence >= threshold[segment]) | (rank == 0)
+    return np.where(fixed, rank < count[segment], confident)
+
+
+def deferred_choices(segment: IntArray, token: IntArray, defer_tokens: Sequence[Sequence[int]]) -> BoolArray:
+    """Mark the rows whose chosen token their own request defers: [rows] bool.
+
+    segment: [rows]. token: [rows], ids >= 0. defer_tokens: one list of token ids a segment.
+    """
+    lengths = [len(ids) for ids in defer_tokens]
+    if not segment.size or not any(lengths):
+        return np.zeros(segment.size, np.bool_)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    ids = np.fromiter(chain.from_iterable(defer_tokens), np.int64, owner.size)
+    width = 1 + max(token.max(), ids.max())  # (segment, token) becomes one number, without collisions
+    return np.isin(segment * width + token, owner * width + ids)
