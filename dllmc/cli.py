@@ -78,8 +78,8 @@ def compile_command(model: str, out: Path, passes: str | None, **limits: int) ->
 
     options = dllmc.CompileOptions(**limits, **({} if passes is None else {"passes": passes}))  # type: ignore[arg-type]
     artifact = dllmc.compile(model, out, options)
-    _print_passes(artifact)
-    _print_memory(artifact)
+    print_passes(artifact)
+    print_memory(artifact)
     click.echo(f"wrote {out}")
 
 
@@ -143,14 +143,14 @@ def inspect(artifact: Path, show_program: bool) -> None:
         click.echo(
             f"program  {name}: {len(program.instructions)} instructions, {len(program.buffers)} buffers; {limits}"
         )
-    _print_passes(opened)
-    _print_memory(opened)
+    print_passes(opened)
+    print_memory(opened)
     if show_program:
         for program in opened.programs.values():
             click.echo(text_of(program))
 
 
-def _print_passes(artifact: "Artifact") -> None:
+def print_passes(artifact: "Artifact") -> None:
     for entry in artifact.manifest["passes"]:
         details = ", ".join(
             f"{value} {key.replace('_', ' ')}" for key, value in entry.items() if isinstance(value, int)
@@ -158,7 +158,7 @@ def _print_passes(artifact: "Artifact") -> None:
         click.echo(f"pass     {entry['pass']:<20}{details}")
 
 
-def _print_memory(artifact: "Artifact") -> None:
+def print_memory(artifact: "Artifact") -> None:
     memory = artifact.memory
     parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "arena", "kv_pool", "state"))
     click.echo(f"memory   {parts} = {size(memory['total'])}")

@@ -165,4 +165,7 @@ def sampling_params(draw: st.DrawFn, spec: ModelSpec) -> dict[str, Any]:
             "defer_tokens": few_tokens,
         }
     )
-    return {"gen_length": gen_length, "block_length": block_length, **pace, **draw(rest)}
+    params = {"gen_length": gen_length, "block_length": block_length, **pace, **draw(rest)}
+    if "threshold" in params and params["remasking"] == "entropy":  # its confidences are negative
+        params["threshold"] = math.log(params["threshold"])
+    return params

@@ -93,7 +93,7 @@ def resolve(source: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
     except Exception as cause:
-        reason = " ".join(str(cause).split())
+        reason = " ".join(str(cause).split()).rstrip(".")
         raise CheckpointError(
             f"{source}: no folder of this name, and the Hugging Face hub could not provide it: "
             f"{type(cause).__name__}: {reason}. Check the id, the connection and your access, or give a local folder"

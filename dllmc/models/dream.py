@@ -125,11 +125,10 @@ class DreamModel(nn.Module):
         c = self.config
         positions = positions_of(input_ids, position_ids)
         cos, sin = rotary_tables(positions, c.hidden_size // c.num_attention_heads, c.rope_theta)
-        x = self.model["embed_tokens"](input_ids)
-        for layer in self.model["layers"]:
+        layers: Any = self.model
+        x = layers["embed_tokens"](input_ids)
+        for layer in layers["layers"]:
             x = layer(x, cos, sin)
-        x = self.model["norm"](x)
-        if self.lm_head is None:
-            return F.linear(x, self.model["embed_tokens"].weight)
-        out: Tensor = self.lm_head(x)
-        return out
+        x = layers["norm"](x)
+        logits: Tensor = F.linear(x, layers["embed_tokens"].weight) if self.lm_head is None else self.lm_head(x)
+        return logits

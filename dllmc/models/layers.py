@@ -51,7 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def positions_of(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -101,7 +101,8 @@ class LLaDABlock(nn.Module):
         v = split_heads(self.v_proj(h), self.kv_heads)
         x = x + self.attn_out(attend(q, k, v))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return out
 
 
 class LLaDAModel(nn.Module):
@@ -122,12 +123,13 @@ class LLaDAModel(nn.Module):
         self.model = nn.ModuleDict({"transformer": transformer})
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        c, layers = self.config, self.model["transformer"]
+        c = self.config
+        layers: Any = self.model["transformer"]
         positions = positions_of(input_ids, position_ids)
         cos, sin = rotary_tables(positions, c.d_model // c.n_heads, c.rope_theta)
         x = layers["wte"](input_ids)
         for block in layers["blocks"]:
             x = block(x, cos, sin)
         x = layers["ln_f"](x)
-        logits = F.linear(x, layers["wte"].weight) if c.weight_tying else layers["ff_out"](x)
+        logits: Tensor = F.linear(x, layers["wte"].weight) if c.weight_tying else layers["ff_out"](x)
         return logits * (1 / math.sqrt(c.d_model)) if c.scale_logits else logits

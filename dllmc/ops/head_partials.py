@@ -33,7 +33,7 @@ class Partials(NamedTuple):
     runner_up: Tensor  # [by_margin] the second highest z
     sum_exp_times: Tensor  # [by_entropy] sum of (z - maximum) * exp(z - maximum)
     scaled_sum: Tensor  # [filtered] sum of exp((z - maximum) / t)
-    keys: Tensor  # [filtered, <= candidates] int64, best first
+    keys: Tensor  # [filtered, <= candidates] int64, in any order
 
 
 def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
@@ -58,15 +58,12 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
         logit = tile.gather(1, column[:, None])[:, 0]
 
     shift = _finite(maximum)
-    filtered = tile[rows.filtered]
-    keys = _pack(filtered, vocab_start).topk(min(rows.candidates, width), dim=1).values
-    filtered -= shift[rows.filtered, None]
-    scaled_sum = filtered.div_(rows.temperature[rows.filtered, None]).exp_().sum(1)
-
+    keys = _best(_pack(tile[rows.filtered], vocab_start), rows.candidates)
     tile -= shift[:, None]
+    scaled_sum = (tile[rows.filtered] / rows.temperature[rows.filtered, None]).exp_().sum(1)
     exponents = tile[rows.by_entropy].clamp_min_(_LOWEST_EXPONENT)
-    sum_exp_times = (exponents.exp() * exponents).sum(1)
     sum_exp = tile.exp_().sum(1)
+    sum_exp_times = exponents.mul_(tile[rows.by_entropy]).sum(1)
     return Partials(maximum, sum_exp, score, column + vocab_start, logit, runner_up, sum_exp_times, scaled_sum, keys)
 
 
@@ -86,7 +83,6 @@ def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
 
     better = (b.score > a.score) | ((b.score == a.score) & (b.token < a.token))
     lower_maximum = torch.minimum(a.maximum, b.maximum)[rows.by_margin]
-    keys = torch.cat((a.keys, b.keys), dim=1)
     return Partials(
         maximum=maximum,
         sum_exp=sum_exp,
@@ -96,7 +92,7 @@ def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
         runner_up=torch.maximum(lower_maximum, torch.maximum(a.runner_up, b.runner_up)),
         sum_exp_times=sum_exp_times,
         scaled_sum=scaled_sum,
-        keys=keys.topk(min(rows.candidates, keys.shape[1]), dim=1).values,
+        keys=_best(torch.cat((a.keys, b.keys), dim=1), rows.candidates),
     )
 
 
@@ -135,7 +131,7 @@ def _draw_candidate(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor]
     position, seed, step, temperature, maximum = (
         x[rows.filtered, None] for x in (rows.position, rows.seed, rows.step, rows.temperature, partials.maximum)
     )
-    logit, token = _unpack(partials.keys)
+    logit, token = _unpack(partials.keys.sort(dim=1, descending=True).values)
     probability = ((logit - _finite(maximum)) / temperature).exp() / partials.scaled_sum[:, None]
     better = torch.cat((torch.zeros_like(maximum), probability.cumsum(1)[:, :-1]), dim=1)
     rank = torch.arange(token.shape[1], device=token.device)
@@ -153,9 +149,9 @@ def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.gather(1, column[:, None])[:, 0], column
     blocks = x.view(x.shape[0], -1, _BLOCK)
     of_block = blocks.amax(2)
-    block = of_block.argmax(1, keepdim=True)
-    inside = torch.take_along_dim(blocks, block[:, :, None], dim=1)[:, 0].argmax(1)
-    return of_block.gather(1, block)[:, 0], block[:, 0] * _BLOCK + inside
+    block = of_block.argmax(1)
+    row = torch.arange(x.shape[0], device=x.device)
+    return of_block[row, block], block * _BLOCK + blocks[row, block].argmax(1)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -163,11 +159,16 @@ def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
+def _best(keys: Tensor, count: int) -> Tensor:
+    """The `count` highest keys of each row, or all if there are fewer."""
+    return keys.topk(min(count, keys.shape[1]), dim=1, sorted=False).values
+
+
 def _pack(logits: Tensor, vocab_start: int) -> Tensor:
     """Int64 keys [rows, width] in the order of (logit, lower token id first): one top-k settles ties exactly."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0, and must not sort below it
-    tokens = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
-    return _ordered(bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(noise.LOW_WORD - tokens)
+    token = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
+    return _ordered(bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(noise.LOW_WORD - token)
 
 
 def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 LOW_WORD = 0xFFFFFFFF
 
 # Counters a Philox call works on at a time, so that its int64 words stay in cache.
-_COUNTERS = 1 << 15
+_COUNTERS = 1 << 16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -20,12 +20,16 @@ PromptLike = str | Sequence[int] | Prompt
 
 
 class Engine:
-    """A loaded artifact. All memory that steps use is allocated here, once: `artifact.memory["total"]` bytes."""
+    """A loaded artifact. All memory that steps use is allocated here, once: `artifact.memory["total"]` bytes.
+
+    `steps` counts the steps run so far; `tokenizer` is None where the artifact has none.
+    """
 
     def __init__(self, loaded: Artifact) -> None:
         self.artifact = loaded
         self.spec = loaded.spec
         self.tokenizer = load_tokenizer(loaded.path) if loaded.manifest["tokenizer"] else None
+        self.steps = 0
         self._executor = Executor(loaded.programs["dense"], loaded.load_weights())
 
     def generate(
@@ -72,6 +76,7 @@ class Engine:
             running += [waiting.popleft() for _ in range(joining)]
             step = batch.compose(running, limits["rows"])
             step.commit(**self._executor.run(step.sizes, step.inputs))
+            self.steps += 1
             running = [request for request in running if not request.finished]
 
     def _result(self, request: Request) -> GenerationResult:

@@ -11,15 +11,13 @@ from typing import TypeGuard
 import numpy as np
 
 from dllmc.errors import RequestError
+from dllmc.spec import MAX_SUPPRESS_TOKENS, MAX_TOP_K
 
 CONFIDENCE_RULES = ("low_confidence", "topk_margin", "entropy", "random")
 """The choices of `SamplingParams.remasking`. A rule's index is its code in `dllmc::decode_head`."""
 
 SCHEDULES = ("uniform", "timestep")
 """The choices of `SamplingParams.schedule`."""
-
-MAX_TOP_K = 1024
-MAX_SUPPRESS_TOKENS = 64
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _TOKEN_FIELDS = ("stop_token_ids", "suppress_tokens", "defer_tokens")

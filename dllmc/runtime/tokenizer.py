@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer(_load(folder))
     except Exception as cause:
-        reason = str(cause).partition("\n")[0]
+        reason = str(cause).partition("\n")[0].rstrip(".")
         raise ArtifactError(
             f"{folder}: its tokenizer cannot be loaded ({', '.join(found)}): {type(cause).__name__}: {reason}. "
             "Repair its files; a tokenizer that is code of its own must be saved as a tokenizer.json"

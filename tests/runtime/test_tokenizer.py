@@ -124,9 +124,9 @@ def test_a_tokenizer_needs_no_config(tmp_path: Path) -> None:
 
 
 def test_the_models_config_does_not_choose_the_tokenizer(tmp_path: Path) -> None:
-    """Nor does its code: a checkpoint folder can be loaded from as well as an artifact."""
-    config = {"model_type": "bert", "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig"}}
-    (write_characters(tmp_path) / "config.json").write_text(json.dumps(config))
+    """A checkpoint folder can be loaded from as well as an artifact: the config.json in it is not read."""
+    (write_characters(tmp_path) / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert load(tmp_path).encode("\n ") == [3, 4]
 
 

@@ -1,0 +1,54 @@
+"""Random tiny models, compiled, against brute-force decoding with the eager module."""
+
+import tempfile
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dllmc
+from tests.brute_force import decode
+from tests.strategies import TinyModel, build, models, requests
+
+REQUESTS = 6
+
+
+def check(max_examples: int) -> Counter[str]:
+    """Decode `REQUESTS` random requests of each model together; each must come out as by brute force."""
+    seen: Counter[str] = Counter()
+
+    @settings(deadline=None, derandomize=True, max_examples=max_examples, print_blob=True)
+    @given(models(), st.data())
+    def compare(tiny: TinyModel, data: st.DataObject) -> None:
+        drawn = [data.draw(requests(tiny.spec)) for _ in range(REQUESTS)]
+        model = build(tiny)
+        with tempfile.TemporaryDirectory() as folder:
+            options = dllmc.CompileOptions(max_tokens_per_step=128, max_requests=8, max_logit_rows=32)
+            artifact = dllmc.compile(model, f"{folder}/artifact", options, tiny.spec)
+            engine = dllmc.load(artifact.path)
+        results = engine.generate(
+            [dllmc.Prompt(r.prompt_ids, r.infill) for r in drawn], [dllmc.SamplingParams(**r.params) for r in drawn]
+        )
+        for request, result in zip(drawn, results, strict=True):
+            expected = decode(model, tiny.spec, request.prompt_ids, **request.params, infill=request.infill)
+            seen.update(["all", "decisive" if expected.decisive else "undecided"])
+            if expected.decisive:
+                found = (result.token_ids, result.finish_reason, result.forward_passes)
+                assert found == (expected.token_ids, expected.finish_reason, expected.forward_passes), request
+
+    compare()
+    return seen
+
+
+def test_compiled_equals_eager_on_a_sample() -> None:
+    """Greedy, sampled, filtered, guided, infilled, suppressed and deferred requests, in shared steps."""
+    seen = check(max_examples=8)
+    assert seen["undecided"] <= 0.1 * seen["all"]
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    """The same over many models."""
+    seen = check(max_examples=150)
+    assert seen["undecided"] <= 0.1 * seen["all"]
