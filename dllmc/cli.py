@@ -73,7 +73,10 @@ def main() -> None:
 @click.option("--passes", help="Pipeline text instead of the default one.")
 @reported
 def compile_command(model: str, out: Path, passes: str | None, **limits: int) -> None:
-    """Compile MODEL, a checkpoint folder or a hub id, into the artifact directory OUT."""
+    """Compile MODEL into the artifact directory OUT.
+
+    MODEL is a checkpoint folder in Hugging Face layout, or a hub id such as GSAI-ML/LLaDA-8B-Instruct.
+    """
     import dllmc
 
     options = dllmc.CompileOptions(**limits, **({} if passes is None else {"passes": passes}))  # type: ignore[arg-type]
@@ -104,7 +107,11 @@ def compile_command(model: str, out: Path, passes: str | None, **limits: int) ->
 @click.option("--defer-tokens", callback=token_ids, help="Token ids that are committed last.")
 @reported
 def generate(artifact: Path, texts: tuple[str, ...], ids: tuple[str, ...], **sampling: Any) -> None:
-    r"""Decode prompts with the compiled ARTIFACT. In --prompt, \n is a newline."""
+    r"""Decode prompts with a compiled ARTIFACT.
+
+    All prompts are decoded together, in shared steps. In --prompt, \n is a newline. Completions go to standard
+    output, one after the other; what each cost goes to standard error.
+    """
     import dllmc
 
     prompts: list[str | tuple[int, ...]] = [text.replace("\\n", "\n") for text in texts]
@@ -127,7 +134,7 @@ def generate(artifact: Path, texts: tuple[str, ...], ids: tuple[str, ...], **sam
 @click.option("--program", "show_program", is_flag=True, help="Print the instructions and the buffers' offsets.")
 @reported
 def inspect(artifact: Path, show_program: bool) -> None:
-    """Show what is in ARTIFACT: the model, its programs, the memory they take, what the passes did."""
+    """Show the model, programs, passes and memory of an ARTIFACT."""
     from dllmc.artifact import read
     from dllmc.ir.printer import text_of
 
@@ -151,14 +158,18 @@ def inspect(artifact: Path, show_program: bool) -> None:
 
 
 def print_passes(artifact: "Artifact") -> None:
+    """One line a pass: what it counted, or that it found nothing to do."""
     for entry in artifact.manifest["passes"]:
-        details = ", ".join(
-            f"{value} {key.replace('_', ' ')}" for key, value in entry.items() if isinstance(value, int)
-        )
-        click.echo(f"pass     {entry['pass']:<20}{details}")
+        counts = {key: value for key, value in entry.items() if key not in ("pass", "modified") and value}
+        shown = [
+            f"{key.removesuffix('_bytes').replace('_', ' ')} {size(value) if key.endswith('_bytes') else value}"
+            for key, value in counts.items()
+        ]
+        click.echo(f"pass     {entry['pass']:<20}{', '.join(shown) or 'nothing to do'}")
 
 
 def print_memory(artifact: "Artifact") -> None:
+    """The equation weights + arena + kv_pool + state = total, and how good each program's plan is."""
     memory = artifact.memory
     parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "arena", "kv_pool", "state"))
     click.echo(f"memory   {parts} = {size(memory['total'])}")

@@ -20,7 +20,7 @@ def run(*arguments: str | Path) -> Result:
 
 
 def test_compile_prints_the_memory_equation(tmp_path: Path) -> None:
-    """weights + arena + kv_pool + state = total, what each pass did, and where the artifact is."""
+    """Prints weights + arena + kv_pool + state = total, what each pass did, and where the artifact is."""
     result = run("compile", ROOT / "llada-mha", tmp_path / "out", "--max-tokens-per-step", "512")
     assert result.exit_code == 0, result.output
     memory = dllmc.load(tmp_path / "out").artifact.memory

@@ -45,10 +45,10 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> "Tiling":
-        """Cut to fit `workspace_bytes` of the same or larger rows."""
+        """Cut at least one row so that it fits the `workspace_bytes` of as many rows, or of more."""
         budget = BUDGET if dtype == torch.float32 else BUDGET // 2
-        chunks = max(1, -(-rows * NARROWEST_TILE // budget))
-        chunk = max(1, -(-rows // chunks))
+        chunks = -(-rows * NARROWEST_TILE // budget)
+        chunk = -(-rows // chunks)
         columns = budget // chunk
         columns = vocab if columns >= vocab else columns // 256 * 256
         cast = 0 if dtype == torch.float32 else min(columns, max(1, budget // hidden_size))
@@ -150,6 +150,8 @@ def decode_head_out(
     [rows, 1024] candidates where top-k or top-p ask for them, and what `head_partials` says, all O(workspace).
     Raises `ProgramError` for a workspace that is too small, `RequestError` for an unknown confidence rule.
     """
+    if not hidden.shape[0]:
+        return
     tiling = Tiling.of(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
     needed = 4 * tiling.elements(weight.shape[1])
     if workspace.numel() < needed:

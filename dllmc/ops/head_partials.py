@@ -40,7 +40,7 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
     """Partials of logits `tile` [R, width] float32, whose first column is token `vocab_start`. Overwrites the tile.
 
     Transient memory: up to two copies of the tile's rows that are sampled or wanted by entropy or margin; three
-    int64 copies of those that are filtered.
+    int64 copies of those that are filtered; about 4 MiB of random words where rows are sampled.
     """
     width = tile.shape[1]
     if rows.suppressed_row.numel():
@@ -108,11 +108,12 @@ def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
     log_sum = sum_exp.log()
     margin = -torch.expm1(partials.runner_up - maximum[rows.by_margin]) / sum_exp[rows.by_margin]
     entropy = partials.sum_exp_times / sum_exp[rows.by_entropy] - log_sum[rows.by_entropy]
-    position, seed, step = (x[rows.by_random] for x in (rows.position, rows.seed, rows.step))
-    random = noise.uniform(seed, torch.zeros_like(position), position, step, noise.CONFIDENCE_STREAM)
     confidence[rows.by_margin] = margin
     confidence[rows.by_entropy] = entropy
-    confidence[rows.by_random] = random
+    if rows.by_random.numel():
+        position, seed, step = (x[rows.by_random] for x in (rows.position, rows.seed, rows.step))
+        random = noise.uniform(seed, torch.zeros_like(position), position, step, noise.CONFIDENCE_STREAM)
+        confidence[rows.by_random] = random
     return token, confidence, logit - maximum - log_sum
 
 

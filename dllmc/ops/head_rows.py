@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dllmc.errors import RequestError
+from dllmc.spec import MAX_TOP_K
 
-CANDIDATES = 1024
+CANDIDATES = MAX_TOP_K
 """How many of a row's best tokens top-k and top-p can look at (semantics.md, "Commit")."""
 
 

@@ -65,7 +65,7 @@ def gumbel_range(seed: Tensor, first_token: int, count: int, position: Tensor, s
             part[..., lane] = _to_uniform(word)
         _to_gumbel_(part)
     skipped = first_token - 4 * first
-    return noise.view(rows, -1)[:, skipped : skipped + count]
+    return noise.flatten(1)[:, skipped : skipped + count]
 
 
 def _words(seed: Tensor, counter: Tensor, position: Tensor, step: Tensor, stream: int) -> Words:
