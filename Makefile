@@ -20,8 +20,8 @@ demo: $(READY)  ## Compile the bundled checkpoint, solve a few Sudokus, print th
 test: $(READY)  ## All tests but the slow ones.
 	$(BIN)/pytest -m 'not slow'
 
-test-all: $(READY)  ## Every test.
-	$(BIN)/pytest
+test-all: $(READY)  ## Every test; writes tests/summary.json.
+	$(BIN)/pytest --summary tests/summary.json
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter.
 	$(BIN)/ruff check .

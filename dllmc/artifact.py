@@ -5,12 +5,11 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dllmc.errors import ArtifactError, ConfigError, ProgramError
-from dllmc.ir.program import Program, from_json, to_json
+from dllmc.ir.program import Program
+from dllmc.ir.program_json import from_json, to_json
 from dllmc.memory.verifier import verify
+from dllmc.ops.registry import operator
 from dllmc.spec import ModelSpec
 
 SCHEMA = 1
 SHARD_BYTES = 4 << 30
 _MANIFEST = "manifest.json"
-_FIELDS = {"schema", "versions", "model", "options", "passes", "memory", "programs", "weights", "tokenizer", "files"}
+_FIELDS: Mapping[str, type] = {
+    "schema": int,
+    "versions": dict,
+    "model": dict,
+    "options": dict,
+    "passes": list,
+    "memory": dict,
+    "programs": list,
+    "weights": list,
+    "tokenizer": list,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -68,79 +80,111 @@ def write(
 
     `tensors` holds the weights and constants that the programs name, by name. Raises `ArtifactError`.
     """
-    if out.exists() and not (out / _MANIFEST).is_file():
-        raise ArtifactError(f"{out} exists and is no artifact (it has no {_MANIFEST}); choose another output directory")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    if out.exists() and not _is_artifact(out):
+        raise ArtifactError(f"{out} exists and is no artifact; choose another output directory")
     try:
-        (building / "programs").mkdir()
-        for name, program in programs.items():
-            (building / "programs" / f"{name}.json").write_text(json.dumps(to_json(program), indent=1) + "\n")
-        shards = list(_write_weights(building, tensors))
-        tokenizer = [shutil.copyfile(file, building / file.name).name for file in tokenizer_files]
-        files = sorted(path for path in building.rglob("*") if path.is_file())
-        manifest = {
-            "schema": SCHEMA,
-            "versions": dict(versions),
-            "model": spec.to_dict(),
-            "options": dict(options),
-            "passes": passes,
-            "memory": _memory(programs),
-            "programs": sorted(programs),
-            "weights": shards,
-            "tokenizer": sorted(tokenizer),
-            "files": {
-                str(path.relative_to(building)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in files
-            },
-        }
-        (building / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        os.chmod(building, 0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return read(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            building = Path(scratch) / "new"
+            (building / "programs").mkdir(parents=True)
+            for name, program in programs.items():
+                _write_json(building / "programs" / f"{name}.json", to_json(program))
+            shards = list(_write_weights(building, tensors))
+            tokenizer = [shutil.copyfile(file, building / file.name).name for file in tokenizer_files]
+            files = sorted(path for path in building.rglob("*") if path.is_file())
+            manifest = {
+                "schema": SCHEMA,
+                "versions": dict(versions),
+                "model": spec.to_dict(),
+                "options": dict(options),
+                "passes": passes,
+                "memory": _memory(programs),
+                "programs": sorted(programs),
+                "weights": shards,
+                "tokenizer": sorted(tokenizer),
+                "files": {
+                    path.relative_to(building).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in files
+                },
+            }
+            _write_json(building / _MANIFEST, manifest)
+            written = read(building)
+            if out.exists():
+                out.rename(Path(scratch) / "old")
+            building.rename(out)
+    except OSError as error:
+        raise ArtifactError(f"{out}: cannot be written: {error}") from error
+    return replace(written, path=out)
 
 
 def read(path: str | Path) -> Artifact:
     """Open an artifact: the manifest, every file's name, size and hash, every program and its plan are checked.
 
-    Raises `ArtifactError` naming file and field.
+    Nothing is run. Raises `ArtifactError` naming file and field.
     """
     path = Path(path)
-    manifest = _load_json(path / _MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-        raise ArtifactError(f"{path / _MANIFEST}: expected an artifact's manifest with a field 'schema'")
-    if manifest["schema"] != SCHEMA:
-        raise ArtifactError(
-            f"{path / _MANIFEST}: schema {manifest['schema']}, but this version of dllmc reads {SCHEMA}; "
-            "compile the model again with this version"
-        )
-    if set(manifest) != _FIELDS:
-        odd = sorted(set(manifest) ^ _FIELDS)
-        raise ArtifactError(f"{path / _MANIFEST}: missing or unknown fields {odd}")
+    manifest = _read_manifest(path / _MANIFEST)
     for name, entry in manifest["files"].items():
         _check_file(path, name, entry)
     named = [f"programs/{name}.json" for name in manifest["programs"]] + manifest["weights"] + manifest["tokenizer"]
     if sorted(named) != sorted(manifest["files"]):
         odd = sorted(set(named) ^ set(manifest["files"]))
         raise ArtifactError(f"{path / _MANIFEST}: files {odd} are listed in one place and not in the other")
-    programs = {}
     try:
         spec = ModelSpec.from_dict(manifest["model"])
-        for name in manifest["programs"]:
-            file = path / "programs" / f"{name}.json"
-            programs[name] = from_json(_load_json(file), str(file))
-            verify(programs[name])
-    except (ProgramError, ConfigError) as error:
-        raise ArtifactError(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise ArtifactError(f"{path / _MANIFEST}: field 'model': {error}") from error
+    programs = {name: _read_program(path / "programs" / f"{name}.json") for name in manifest["programs"]}
     if manifest["memory"] != _memory(programs):
         raise ArtifactError(f"{path / _MANIFEST}: field 'memory' does not match the programs: {manifest['memory']}")
     _check_weights(path, manifest["weights"], programs)
     return Artifact(path, spec, programs, manifest)
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a directory may be replaced: it has the manifest of an artifact, of this or another version."""
+    try:
+        manifest = _load_json(folder / _MANIFEST)
+    except ArtifactError:
+        return False
+    return isinstance(manifest, dict) and {"schema", "programs", "files"} <= manifest.keys()
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    manifest = _load_json(file)
+    if not isinstance(manifest, dict) or type(manifest.get("schema")) is not int:
+        raise ArtifactError(f"{file}: expected an artifact's manifest with a field 'schema'")
+    if manifest["schema"] != SCHEMA:
+        raise ArtifactError(
+            f"{file}: schema {manifest['schema']}, but this version of dllmc reads {SCHEMA}; "
+            "compile the model again with this version"
+        )
+    if manifest.keys() != _FIELDS.keys():
+        raise ArtifactError(f"{file}: missing or unknown fields {sorted(manifest.keys() ^ _FIELDS.keys())}")
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest[field], kind):
+            raise ArtifactError(f"{file}: field {field!r}: expected a {kind.__name__}, found {manifest[field]!r}")
+    for field, kind in (("passes", dict), ("programs", str), ("weights", str), ("tokenizer", str)):
+        if not all(isinstance(entry, kind) for entry in manifest[field]):
+            raise ArtifactError(f"{file}: field {field!r}: expected a list of {kind.__name__}, found {manifest[field]}")
+    if not manifest["programs"]:
+        raise ArtifactError(f"{file}: field 'programs': expected at least one program")
+    return manifest
+
+
+def _read_program(file: Path) -> Program:
+    document = _load_json(file)
+    try:
+        program = from_json(document, str(file))
+    except ProgramError as error:
+        raise ArtifactError(str(error)) from error
+    try:
+        for instruction in program.instructions:
+            operator(instruction.op)
+        verify(program)
+    except ProgramError as error:
+        raise ArtifactError(f"{file}: {error}") from error
+    return program
 
 
 def _memory(programs: Mapping[str, Program]) -> dict[str, int]:
@@ -156,11 +200,15 @@ def _memory(programs: Mapping[str, Program]) -> dict[str, int]:
 def _write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
+    addresses = set[int]()
     for name, tensor in sorted(tensors.items()):
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        # safetensors takes no two names for one memory, which parameters that share their data are.
+        shards[-1][name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
         size += tensor.nbytes
     for number, shard in enumerate(shards, start=1):
         file = f"weights-{number:05d}.safetensors"
@@ -197,6 +245,9 @@ def _check_weights(path: Path, shards: list[str], programs: Mapping[str, Program
                     found[key] = (list(header.get_shape()), header.get_dtype())
         except SafetensorError as error:
             raise ArtifactError(f"{path / shard}: not a safetensors file: {error}") from error
+    named = {name for program in programs.values() for name in program.weights}
+    if unnamed := sorted(found.keys() - named):
+        raise ArtifactError(f"{path}: no program has the weights {unnamed}")
     for program in programs.values():
         for name, tensor in program.weights.items():
             wanted = [dim.at(program.maxima) for dim in tensor.shape], _SAFETENSORS_DTYPES[tensor.dtype]
@@ -223,6 +274,10 @@ def _load_json(file: Path) -> Any:
         raise ArtifactError(f"{file}: no such file; expected a directory that `dllmc compile` wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: not readable as JSON: {error}") from error
+
+
+def _write_json(file: Path, document: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _sha256(file: Path) -> str:

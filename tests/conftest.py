@@ -1,15 +1,20 @@
-"""Artifacts that several tests share, compiled once a session."""
+"""Artifacts that several tests share, compiled once a session; and the summary that `make test-all` writes."""
 
 import os
 
 # The suites run tiny models: more threads than this only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
+import platform
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import dllmc
 from tests.golden.cases import FOLDERS, ROOT
@@ -33,3 +38,27 @@ def tiny_llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled checkpoint, compiled."""
     source = Path(__file__).parents[1] / "examples" / "tiny-llada"
     return dllmc.compile(source, tmp_path_factory.mktemp("artifacts") / "tiny-llada").path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--summary FILE`: write what ran, and how it went, as JSON."""
+    parser.addoption("--summary", type=Path, help="write a JSON summary of the run")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write the summary: outcomes, and seconds of each suite."""
+    if (file := config.getoption("--summary")) is None:
+        return
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds[report.nodeid.split("::")[0]] += report.duration
+    outcomes = Counter(r.outcome for r in reports if r.when == "call" or r.outcome != "passed")
+    summary = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "outcomes": dict(outcomes),
+        "seconds": {suite: round(spent, 1) for suite, spent in sorted(seconds.items())},
+    }
+    file.write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """A program as text: one line an instruction, one a buffer."""
 
-from dllmc.ir.program import DType, Operand, Program, View, dense_strides
+from dllmc.ir.program import Affine, DType, Operand, Program, View, dense_strides
 
 
 def text_of(program: Program) -> str:
@@ -15,7 +15,8 @@ def text_of(program: Program) -> str:
     for index, instruction in enumerate(program.instructions):
         outputs = ", ".join(_text(program, view) for view in instruction.outputs)
         inputs = ", ".join(_text(program, operand) for operand in instruction.inputs)
-        lines.append(f"  {index:4d}  {outputs} = {instruction.op}({inputs})")
+        workspace = "" if instruction.workspace is None else f", workspace {instruction.workspace}"
+        lines.append(f"  {index:4d}  {outputs} = {instruction.op}({inputs}){workspace}")
     lines += [f"  return {name} = {_text(program, view)}" for name, view in program.outputs.items()]
     return "\n".join(lines)
 
@@ -26,7 +27,7 @@ def _text(program: Program, operand: Operand) -> str:
         if operand == View(operand.base, whole, dense_strides(whole)):
             return operand.base
         shape = ", ".join(map(str, operand.shape))
-        if operand.strides == dense_strides(operand.shape) and not operand.offset.terms and not operand.offset.constant:
+        if operand.strides == dense_strides(operand.shape) and operand.offset == Affine():
             return f"{operand.base}[{shape}]"
         return f"{operand.base}[{shape}; strides {', '.join(map(str, operand.strides))}; from {operand.offset}]"
     if isinstance(operand, DType):

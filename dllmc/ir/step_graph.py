@@ -7,6 +7,7 @@ Passes rewrite `graph`; the pipeline then calls `propagate`, which brings `meta[
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import sympy
@@ -23,6 +24,8 @@ from dllmc.spec import ModelSpec
 
 # Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
 HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
+
+_NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", "torch/", str(Path(__file__).parents[1] / "capture.py"))
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ class StepGraph:
                 terms[name] = coefficient
         return Affine(int(polynomial.coeff_monomial(1)), tuple(sorted(terms.items())))
 
+    def fixed_size(self) -> str | None:
+        """A size that has lost its symbol to one value, if any has: the graph would be right for that value alone."""
+        replaced = self.shape_env.replacements
+        return next((name for symbol, name in self.symbols.items() if symbol in replaced), None)
+
     def axis_of(self, node: fx.Node, symbol: str = "tokens") -> int | None:
         """The axis of a value that counts `symbol`, or None. Raises `CaptureError` where several axes depend on it."""
         value = node.meta.get("val")
@@ -157,21 +165,48 @@ class StepGraph:
         return axes[0]
 
     def propagate(self) -> None:
-        """Recompile and recompute every `meta["val"]`."""
+        """Recompile and recompute every `meta["val"]`. Raises `CaptureError` where a call fixes a size of the step."""
         self.module.recompile()
-        FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(
-            *(node.meta["val"] for node, _ in self.placeholders())
-        )
+        propagation = _Propagation(self)
+        propagation.propagate_dont_convert_inputs(*(node.meta["val"] for node, _ in self.placeholders()))
+        if propagation.fixed is not None:
+            node, symbol = propagation.fixed
+            raise CaptureError(
+                f"{describe(node)}: torch computes it for one number of {symbol} only, so no step of another size "
+                "could use it; express it with other operators"
+            )
+
+
+class _Propagation(FakeTensorProp):
+    """Fake propagation that notices when a size stops being symbolic: torch then takes the hint for the size."""
+
+    def __init__(self, step: StepGraph) -> None:
+        super().__init__(step.module, step.fake_mode)
+        self.step = step
+        self.fixed: tuple[fx.Node, str] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if self.fixed is None and (symbol := self.step.fixed_size()) is not None:
+            self.fixed = n, symbol
+        return result
 
 
 def source_line(node: fx.Node) -> str:
-    """`file:line, in function: code` of the user's model, the innermost frame outside torch; empty if unknown."""
+    """`file:line, in function: code` of the user's model, the innermost frame of its own; empty if unknown."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', trace)
-    if not frames:
-        return ""
-    path, line, function, code = frames[-1]
-    return f"{path}:{line}, in {function}: {code.strip()}"
+    return next((line_of(*frame) for frame in reversed(frames) if is_users(frame[0])), "")
+
+
+def line_of(path: str, line: str | int | None, function: str, code: str | None) -> str:
+    """A stack frame for messages."""
+    return f"{path}:{line}, in {function}: {(code or '').strip()}"
+
+
+def is_users(path: str) -> bool:
+    """Whether a source file is the user's: neither torch's nor what `capture` wraps around the module."""
+    return not path.startswith(_NOT_THE_USERS)
 
 
 def describe(node: fx.Node) -> str:

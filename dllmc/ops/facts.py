@@ -103,7 +103,11 @@ def is_row_wise(node: fx.Node, axis_of: AxisOf) -> bool:
     if target is aten.embedding.default:
         return axis_of(node.args[0]) is None  # type: ignore[arg-type]
     if target is aten.index_select.default:
-        return axis_of(node.args[0]) is None  # type: ignore[arg-type]
+        source, index = axis_of(node.args[0]), axis_of(node.args[2])  # type: ignore[arg-type]
+        rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+        return source is None or (index is None and source != argument(node, 1) % rank)
+    if target is aten.matmul.default:
+        return _keeps_rows_of_factor(node, axis_of)
     if target in _MOVES:
         return True
     if target in _RESHAPES:
@@ -126,7 +130,7 @@ def _dims_worked_along(node: fx.Node) -> set[int] | None:
     if node.target not in _ALONG_DIMS:
         return None
     dims = argument(node, _ALONG_DIMS[node.target])
-    if dims is None:
+    if dims is None or dims == []:  # a reduction over everything
         return set(range(rank))
     return {d % rank for d in (dims if isinstance(dims, Sequence) else (dims,))}
 
@@ -141,6 +145,16 @@ def argument(node: fx.Node, position: int) -> Any:
 
 def _from_right(node: fx.Node, axis: int) -> int:
     return axis - int(node.meta["val"].dim())
+
+
+def _keeps_rows_of_factor(node: fx.Node, axis_of: AxisOf) -> bool:
+    """A product of matrices keeps apart the rows of an axis that one factor has, and that it does not sum over."""
+    left, right = axis_of(node.args[0]), axis_of(node.args[1])  # type: ignore[arg-type]
+    if (left is None) == (right is None):
+        return left is None
+    if left is not None:
+        return left != node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    return right != max(node.args[1].meta["val"].dim() - 2, 0)  # type: ignore[union-attr]
 
 
 def _keeps_prefix(node: fx.Node, axis_of: AxisOf) -> bool:

@@ -46,7 +46,9 @@ def _selects_rows(step: StepGraph, node: fx.Node) -> bool:
     """Whether a call gathers the rows of the head, which select-logit-rows alone introduces."""
     rows = step.input("rows")
     index = node.args[2] if node.target is aten.index_select.default else None
-    return rows is not None and isinstance(index, fx.Node) and str(index.meta["val"].shape) == str(rows.meta["val"].shape)
+    return (
+        rows is not None and isinstance(index, fx.Node) and str(index.meta["val"].shape) == str(rows.meta["val"].shape)
+    )
 
 
 def _flat(step: StepGraph) -> str | None:

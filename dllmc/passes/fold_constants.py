@@ -1,7 +1,6 @@
 """What depends on no input is computed once, at compile time: rotary frequencies, masks of fixed size."""
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -35,5 +34,6 @@ class FoldConstants(Pass):
         for node in kept:
             value = known[node]
             assert isinstance(value, torch.Tensor)
-            node.replace_all_uses_with(step.add_constant(f"constant.{node.name}", value.contiguous()))
+            own = value.clone(memory_format=torch.contiguous_format)  # a view would share another constant's bytes
+            node.replace_all_uses_with(step.add_constant(f"constant.{node.name}", own))
         return PassResult(bool(kept), {"folded": len(folded), "constants": len(kept)})

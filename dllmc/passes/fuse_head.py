@@ -34,6 +34,9 @@ class FuseHead(Pass):
         (logits,) = step.output_nodes()
         linear, scale = _head(logits)
         hidden, weight, bias = (argument(linear, i) for i in range(3))
+        shape = hidden.meta["val"].shape
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
+            raise CaptureError(f"{describe(linear)}: expected hidden states [1, tokens, D], found {[*map(str, shape)]}")
         rows, guided, segments = (step.size(s) for s in ("rows", "guided", "segments"))
         inputs = [
             step.add_input(name, shape, dtype)
@@ -53,7 +56,7 @@ class FuseHead(Pass):
         guidance = step.add_input("guidance", (guided,), torch.float32)
         call = step.graph.call_function
         with step.graph.inserting_before(step.graph.output_node()):
-            if hidden.meta["val"].dim() == 3:
+            if len(shape) == 3:
                 hidden = call(aten.select.int, (hidden, 0, 0))
             combined = call(torch.ops.dllmc.guide_rows.default, (hidden, twins, guidance))
             head = call(torch.ops.dllmc.decode_head.default, (combined, weight, bias, scale, *inputs))

@@ -36,15 +36,16 @@ class InlineRegions(Pass):
 
 
 def _inline(step: StepGraph, node: fx.Node) -> None:
-    if node.target is wrap_with_autocast and node.args[2]:
-        raise CaptureError(
-            f"{describe(node)}: an autocast region that is enabled; "
-            "convert the model to one dtype, or disable autocast there"
-        )
     body_attribute, *inputs = node.args[_REGIONS[node.target] :]
     assert isinstance(body_attribute, fx.Node)
     body = step.module.get_submodule(str(body_attribute.target))
     assert isinstance(body, fx.GraphModule)
+    if node.target is wrap_with_autocast and node.args[2]:
+        first = next((inner for inner in body.graph.nodes if inner.op == "call_function"), node)
+        raise CaptureError(
+            f"{describe(first)}: it runs in an autocast region that is enabled; "
+            "convert the model to one dtype, or disable autocast there"
+        )
     env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with step.graph.inserting_before(node):
         for inner in body.graph.nodes:

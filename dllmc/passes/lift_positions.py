@@ -57,11 +57,14 @@ class LiftPositions(Pass):
 
 def _is_full_range(step: StepGraph, node: fx.Node) -> bool:
     start, end, stride = (
-        None if position is None else argument(node, position) for position in _ARANGES[node.target]  # type: ignore[index]
+        None if position is None else argument(node, position)
+        for position in _ARANGES[node.target]  # type: ignore[index]
     )
     return start in (None, 0) and stride in (None, 1) and token_size(step, end)
 
 
 def _is_table_slice(step: StepGraph, node: fx.Node) -> bool:
     start, end, stride = (argument(node, position) for position in (2, 3, 4))
-    return start in (None, 0) and stride == 1 and token_size(step, end)
+    table = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    fixed = all(isinstance(size, int) for size in table)
+    return fixed and start in (None, 0) and stride == 1 and token_size(step, end)

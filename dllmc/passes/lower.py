@@ -76,7 +76,8 @@ class _Lowering:
         outputs = tuple(self._new_buffer(f"%{node.name}" + (f".{i}" if i else ""), v) for i, v in enumerate(results))
         if node.target in _COPIES:
             source = self._view(node.args[0].meta["val"])  # type: ignore[union-attr]
-            outputs = (View(outputs[0].base, source.shape, dense_strides(source.shape)),)
+            if source.shape != outputs[0].shape:  # a reshape: the elements in the source's row-major order
+                outputs = (View(outputs[0].base, source.shape, dense_strides(source.shape)),)
             self._emit("copy", (source,), outputs, node)
             return
         name = str(node.target)
@@ -120,7 +121,9 @@ class _Lowering:
                 continue
             if given != default or not parameter.has_default_value():
                 if parameter.kwarg_only:
-                    raise PassError(f"pass 'lower': {describe(node)}: option {parameter.name}={given!r} is not supported")
+                    raise PassError(
+                        f"pass 'lower': {describe(node)}: option {parameter.name}={given!r} is not supported"
+                    )
                 needed = index + 1
             if _NEED_ROWS.get(name) == index:
                 given = self._row_viewable(given, node)

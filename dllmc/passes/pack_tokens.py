@@ -34,8 +34,9 @@ class PackTokens(Pass):
     def run(self, step: StepGraph) -> PassResult:
         calls = list(step.calls(aten.scaled_dot_product_attention.default))
         ungrouped = sum(_pack(step, node) for node in calls)
-        step.graph.eliminate_dead_code()
-        step.propagate()
+        if calls:
+            step.graph.eliminate_dead_code()  # repeated keys that nothing reads any more
+            step.propagate()
         if (problem := mixing_call(step)) is not None:
             raise CaptureError(f"requests cannot be packed into one step: {problem}")
         return PassResult(bool(calls), {"attentions": len(calls), "ungrouped": ungrouped})
@@ -52,6 +53,9 @@ def _pack(step: StepGraph, node: fx.Node) -> bool:
             raise CaptureError(
                 f"{describe(node)}: expected self-attention over [1, heads, tokens, head_dim], found an operand {shape}"
             )
+    widths = [x.meta["val"].shape[-1] for x in (q, k, v)]
+    if len(set(widths)) > 1:
+        raise CaptureError(f"{describe(node)}: expected q, k and v of one head_dim, found {widths}")
     sources = _ungrouped(k), _ungrouped(v)
     heads = {source.meta["val"].shape[1] for source in sources}
     k, v = sources if len(heads) == 1 else (k, v)
@@ -68,7 +72,7 @@ def _pack(step: StepGraph, node: fx.Node) -> bool:
 
 def _ungrouped(x: fx.Node) -> fx.Node:
     """The KV heads that an operand repeats for its query groups, or the operand itself."""
-    if x.target is aten.repeat_interleave.self_int and argument(x, 2) == 1:
+    if x.target is aten.repeat_interleave.self_int and argument(x, 2) in (1, -3):
         return x.args[0]  # type: ignore[return-value]
     if x.target in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
         expanded = x.args[0]

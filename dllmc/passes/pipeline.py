@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from dllmc.errors import PassError
+from dllmc.errors import CaptureError, PassError
 from dllmc.ir.step_graph import StepGraph
 from dllmc.passes.base import Pass
 from dllmc.passes.facts import FACTS
@@ -54,7 +54,7 @@ def lookup(name: str) -> type[Pass]:
 def parse(text: str) -> tuple[Pass, ...]:
     """Passes from text such as `cse,fuse-head{tile=8192}`. Raises `PassError` naming the part that is wrong."""
     passes = []
-    for part in re.findall(r"[^,{]+(?:\{[^}]*\})?", text):
+    for part in re.split(r",(?![^{}]*\})", text) if text.strip() else ():
         match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*", part)
         if match is None:
             raise PassError(f"pipeline {text!r}: expected NAME or NAME{{OPTION=VALUE,...}}, found {part!r}")
@@ -78,19 +78,27 @@ def run(step: StepGraph, passes: Sequence[Pass]) -> tuple[LogEntry, ...]:
                 f"put {' and '.join(ensuring)} before it in {text_of(passes)!r}"
             )
         began = time.perf_counter()
-        before = len(step.graph.nodes)
+        before = _contents(step)
         result = current.run(step)
         facts |= set(current.ensures)
+        if result.modified != (changed := _contents(step) != before):
+            did = "changed" if changed else "did not change"
+            raise PassError(f"pass {current.name!r} {did} the graph but reports modified={result.modified}")
         if result.modified:
             _settle(step, current)
-        elif len(step.graph.nodes) != before:
-            raise PassError(f"pass {current.name!r} changed the graph but reports modified=False")
+        if (size := step.fixed_size()) is not None:
+            raise PassError(f"pass {current.name!r} asked for the value of the size {size!r}, which a step alone knows")
         for fact in sorted(facts if result.modified else current.ensures):
             if (problem := FACTS[fact](step)) is not None:
-                claim = "ensures" if fact in current.ensures else "broke"
-                raise PassError(f"pass {current.name!r} {claim} {fact!r}, but {problem}")
+                claim = f"ensures {fact!r}, but" if fact in current.ensures else f"broke {fact!r}:"
+                raise PassError(f"pass {current.name!r} {claim} {problem}")
         log.append(LogEntry(str(passes[index]), result.modified, dict(result.stats), time.perf_counter() - began))
     return tuple(log)
+
+
+def _contents(step: StepGraph) -> list[tuple[object, ...]]:
+    """The graph's nodes and what each computes from what: equal before and after a pass that changed nothing."""
+    return [(node, node.target, node.args, node.kwargs) for node in step.graph.nodes]
 
 
 def _settle(step: StepGraph, after: Pass) -> None:
@@ -99,6 +107,8 @@ def _settle(step: StepGraph, after: Pass) -> None:
         step.graph.eliminate_dead_code()
         step.graph.lint()
         step.propagate()
+    except CaptureError:
+        raise
     except Exception as error:
         raise PassError(f"pass {after.name!r} left a graph that does not run: {error}") from error
 

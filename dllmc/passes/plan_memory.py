@@ -24,15 +24,11 @@ class PlanMemory(Pass):
             raise PassError("pass 'plan-memory': the step has no program; run lower before it")
         spans = lifetimes(program)
         sizes = {name: aligned(program.buffers[name].size_bytes(program.maxima)) for name in spans}
-        plan = planner.plan(
-            [planner.Buffer(name, *spans[name], size, ALIGNMENT_BYTES) for name, size in sizes.items()]
-        )
+        plan = planner.plan([planner.Buffer(name, *spans[name], size, ALIGNMENT_BYTES) for name, size in sizes.items()])
         buffers = {
             name: replace(program.buffers[name], offset=plan.offsets[name], lifetime=span)
             for name, span in spans.items()
         }
-        step.program = replace(
-            program, buffers=buffers, arena_bytes=plan.height, lower_bound_bytes=plan.lower_bound
-        )
+        step.program = replace(program, buffers=buffers, arena_bytes=plan.height, lower_bound_bytes=plan.lower_bound)
         stats = {"buffers_bytes": sum(sizes.values()), "arena_bytes": plan.height, "bound_bytes": plan.lower_bound}
         return PassResult(False, stats)

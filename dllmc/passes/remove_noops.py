@@ -26,7 +26,8 @@ class RemoveNoops(Pass):
 
     Case 1: checks of metadata and sizes: shapes and dtypes are facts of the graph by now.
     Case 2: alias, detach, clone: values are immutable here.
-    Case 3: a conversion to the dtype the value already has; devices are the runtime's business.
+    Case 3: a conversion to the dtype the value already has; devices are the runtime's business. Any other
+            conversion becomes `to.dtype`, whatever it was spelled as.
     Case 4: dropout outside training, or with probability 0.
     Case 5: contiguous: layouts are decided when lowering.
     Case 6: a slice or an expand that keeps the shape.
@@ -36,7 +37,7 @@ class RemoveNoops(Pass):
     requires = ("flat",)
 
     def run(self, step: StepGraph) -> PassResult:
-        removed = 0
+        removed = respelled = 0
         for node in step.calls():
             if node.target in _CHECKS and not node.users:
                 step.graph.erase_node(node)
@@ -45,7 +46,10 @@ class RemoveNoops(Pass):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 step.graph.erase_node(node)
                 removed += 1
-        return PassResult(removed > 0, {"removed": removed})
+            elif node.target in _CONVERSIONS and node.target is not aten.to.dtype:
+                node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
+                respelled += 1
+        return PassResult(removed + respelled > 0, {"removed": removed, "respelled": respelled})
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -1,5 +1,6 @@
 """Only the masked rows of active blocks reach the head, and whatever else serves the head alone."""
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +51,18 @@ def _row_wise_region(step: StepGraph) -> list[fx.Node]:
     """The output and the calls above it that are row-wise and used by the region alone, last first."""
     region: dict[fx.Node, None] = {step.graph.output_node(): None}
     for node in reversed(list(step.calls())):
-        takes_sizes = any(not isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
+        takes_sizes = any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
+        has_rows = step.axis_of(node) is not None or isinstance(node.meta.get("val"), list | tuple)
         if (
             node.users
             and all(user in region for user in node.users)
-            and step.axis_of(node) is not None
+            and has_rows
             and not takes_sizes
             and is_row_wise(node, step.axis_of)
         ):
             region[node] = None
-    return list(region)
+    # One of several results moves only with the call that makes them all.
+    return [node for node in region if node.target is not operator.getitem or node.args[0] in region]
 
 
 def _predecessors(step: StepGraph, rows: fx.Node) -> fx.Node:

@@ -28,7 +28,7 @@ class Memory:
     def tensor(self, name: str, sizes: Sizes) -> torch.Tensor:
         """An input, weight or buffer as it lies in memory, for a step of given sizes."""
         described = self.program.tensor(name)
-        if name in self.weights:
+        if name in self.program.weights:
             return self.weights[name]
         if name in self._state_offsets:
             block, offset = self.state, self._state_offsets[name]

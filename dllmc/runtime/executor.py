@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dllmc.ir.program import SYMBOLS, DType, Instruction, Operand, Program, Sizes, View
+from dllmc.errors import ProgramError
+from dllmc.ir.program import LEAST, SYMBOLS, DType, Instruction, Operand, Program, Sizes, View
 from dllmc.memory.verifier import verify
 from dllmc.ops.registry import operator
 from dllmc.runtime.arena import Memory
@@ -29,32 +30,59 @@ class Executor:
 
     @torch.inference_mode()
     def run(self, sizes: Sizes, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One step. `inputs`: every input of the program, in its shape for `sizes`. Outputs live until the next step."""
+        """One step. `inputs`: every input of the program, in its shape for `sizes`. Outputs live until the next step.
+
+        Raises `ProgramError` for sizes beyond the program's maxima, and for an input of another dtype or shape.
+        """
         key = tuple(sizes[symbol] for symbol in SYMBOLS)
-        binding = self._bindings.pop(key, None) or _Binding(self.memory, sizes)
-        self._bindings[key] = binding
-        if len(self._bindings) > MAX_BINDINGS:
-            self._bindings.popitem(last=False)
+        binding = self._bindings.get(key) or _Binding(self.memory, sizes)
         for name, target in binding.inputs.items():
-            np.copyto(target, inputs[name], casting="no")
+            _load(name, inputs.get(name), target)
         for call in binding.calls:
             call()
+        if key not in self._bindings:
+            binding.check_outputs()
+            self._bindings[key] = binding
+        self._bindings.move_to_end(key)
+        if len(self._bindings) > MAX_BINDINGS:
+            self._bindings.popitem(last=False)
         return binding.outputs
 
 
 class _Binding:
-    """A program resolved for one shape of a step."""
+    """A program resolved for one shape of a step. Raises `ProgramError` for sizes that were not planned for."""
 
     def __init__(self, memory: Memory, sizes: Sizes) -> None:
-        program = memory.program
+        self.program = program = memory.program
+        self.sizes = dict(sizes)
+        for symbol, most in program.maxima.items():
+            if not LEAST[symbol] <= sizes[symbol] <= most:
+                limits = f"{LEAST[symbol]} to {most} {symbol}"
+                raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
         self.inputs: dict[str, Array] = {name: memory.tensor(name, sizes).numpy() for name in program.inputs}
         self.outputs: dict[str, Array] = {n: memory.view(v, sizes).numpy() for n, v in program.outputs.items()}
-        self.calls = [_bind(memory, sizes, instruction) for instruction in program.instructions]
+        self.written = [[memory.view(view, sizes) for view in i.outputs] for i in program.instructions]
+        self.calls = [_bind(memory, sizes, i, outs) for i, outs in zip(program.instructions, self.written, strict=True)]
+
+    def check_outputs(self) -> None:
+        """After the first run: torch resizes an `out=` of the wrong shape, and then writes beyond it."""
+        for index, (instruction, outs) in enumerate(zip(self.program.instructions, self.written, strict=True)):
+            for view, out in zip(instruction.outputs, outs, strict=True):
+                planned = [dim.at(self.sizes) for dim in view.shape]
+                if list(out.shape) != planned:
+                    where = f"program {self.program.name!r}: instruction {index} ({instruction.op})"
+                    raise ProgramError(f"{where}: {view.base!r} has shape {planned}, its result {list(out.shape)}")
 
 
-def _bind(memory: Memory, sizes: Sizes, instruction: Instruction) -> Callable[[], object]:
+def _load(name: str, given: Array | None, target: Array) -> None:
+    if given is None or given.dtype != target.dtype or given.shape != target.shape:
+        found = "nothing" if given is None else f"{given.dtype} {list(given.shape)}"
+        raise ProgramError(f"input {name!r}: expected {target.dtype} {list(target.shape)}, found {found}")
+    np.copyto(target, given)
+
+
+def _bind(memory: Memory, sizes: Sizes, instruction: Instruction, outs: list[torch.Tensor]) -> Callable[[], object]:
     args = [_resolve(memory, sizes, operand) for operand in instruction.inputs]
-    outs = [memory.view(view, sizes) for view in instruction.outputs]
     workspace = None if instruction.workspace is None else memory.tensor(instruction.workspace, sizes)
     return operator(instruction.op).bind(args, outs, workspace)
 

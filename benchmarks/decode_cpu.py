@@ -1,0 +1,281 @@
+"""Decoding on the CPU: dllmc against the published decoders in eager torch, on a model with LLaDA-8B's vocabulary.
+
+The model has LLaDA's layout and random weights. Every measurement is a fresh process, the methods take turns, and
+figures are medians. Loading, compiling and a warm-up are not timed. Dense decoding must give the same tokens in dllmc.
+
+python -m benchmarks.decode_cpu
+"""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dllmc
+from benchmarks import baselines, report
+from dllmc.models.llada import LLaDAConfig, LLaDAModel
+
+T = TypeVar("T")
+# (prompts [B][P], new tokens, steps) -> (completions [B][new], forward passes of the batch)
+Decode = Callable[[list[list[int]], int, int], tuple[list[list[int]], int]]
+
+DTYPES = ("float32",)
+BASELINES: dict[str, Callable[..., baselines.Decoded]] = {
+    "dense": baselines.dense,
+    "dense, float32 softmax": partial(baselines.dense, softmax_dtype=torch.float32),
+    "dual cache": baselines.dual_cache,
+}
+REFERENCE = "dense"
+COMPILED = "dllmc dense"
+OTHERS = (*(name for name in BASELINES if name != REFERENCE), COMPILED)
+SEED = 0
+WEIGHT_STD = 0.02
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model and what it decodes. Sizes in elements, lengths in tokens; `steps`: forward passes of a decode."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    prompt: int
+    new: int
+    block: int
+    steps: int
+    dtype: str
+
+    def config(self) -> dict[str, Any]:
+        """The model as a LLaDA checkpoint's config.json has it."""
+        return {
+            "model_type": "llada",
+            "d_model": self.hidden,
+            "n_heads": self.heads,
+            "n_layers": self.layers,
+            "mlp_hidden_size": self.mlp,
+            "vocab_size": self.vocab,
+            "max_sequence_length": self.prompt + self.new,
+            "rope": True,
+            "weight_tying": False,
+            "mask_token_id": self.vocab - 1,
+            "eos_token_id": self.vocab - 2,
+        }
+
+    def prompts(self, requests: int) -> list[list[int]]:
+        """Random prompts, the same in every process."""
+        generator = torch.Generator().manual_seed(SEED)
+        drawn: list[list[int]] = torch.randint(self.vocab - 2, (requests, self.prompt), generator=generator).tolist()
+        return drawn
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One decode in a process of its own.
+
+    grown_bytes: the peak of resident memory, less what was resident after loading. planned_bytes: what an engine
+    reserved for its steps when it was loaded, so that it is in neither. peak_by: how the peak was measured.
+    """
+
+    tokens: list[list[int]]
+    forward_passes: int
+    seconds: float
+    grown_bytes: int
+    planned_bytes: int
+    peak_bytes: int
+    peak_by: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """What decoding takes besides the weights."""
+        return self.grown_bytes + self.planned_bytes
+
+
+def prepare(setting: Setting, requests: int, folder: Path) -> None:
+    """Write the checkpoint, and the artifact that serves up to `requests` of the setting's requests in a step."""
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(setting.config()))
+    with torch.device("meta"):
+        shapes = LLaDAModel(LLaDAConfig.from_dict(setting.config())).state_dict()
+    generator = torch.Generator().manual_seed(SEED)
+    dtype = getattr(torch, setting.dtype)
+    weights = {name: torch.ones(meta.shape) for name, meta in shapes.items()}
+    for weight in weights.values():
+        if weight.ndim > 1:  # the others are the norms'
+            weight.normal_(0, WEIGHT_STD, generator=generator)
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, checkpoint / "model.safetensors")
+    options = dllmc.CompileOptions(
+        max_tokens_per_step=requests * (setting.prompt + setting.new),
+        max_requests=requests,
+        max_logit_rows=requests * setting.block,
+    )
+    dllmc.compile(checkpoint, folder / "artifact", options)
+
+
+def measure(method: str, setting: Setting, requests: int, folder: Path) -> Measurement:
+    """Load, warm up, and decode once under the clock."""
+    is_baseline = method in BASELINES
+    decode, weights, planned = _open_baseline(method, setting, folder) if is_baseline else _open_dllmc(setting, folder)
+    for weight in weights:  # mapped from files: read every page now, so that memory grows by what decoding needs
+        weight.flatten()[:: 4096 // weight.element_size()].sum()
+    gc.collect()
+    prompts = setting.prompts(requests)
+    with report.PeakMemory() as memory:
+        decode([prompt[:WARM_UP_TOKENS] for prompt in prompts], setting.block, 1)
+        start = time.perf_counter()
+        tokens, passes = decode(prompts, setting.new, setting.steps)
+        seconds = time.perf_counter() - start
+    return Measurement(tokens, passes, seconds, memory.peak - memory.start, planned, memory.peak, memory.by)
+
+
+def _open_baseline(method: str, setting: Setting, folder: Path) -> tuple[Decode, Iterable[Tensor], int]:
+    model = dllmc.load_model(folder / "checkpoint", getattr(torch, setting.dtype))
+
+    def decode(prompts: list[list[int]], new: int, steps: int) -> tuple[list[list[int]], int]:
+        pace = baselines.Pace(new, setting.block, steps)
+        decoded = BASELINES[method](model, torch.tensor(prompts), setting.vocab - 1, pace)
+        return decoded.tokens.tolist(), decoded.forward_passes
+
+    return decode, model.state_dict().values(), 0
+
+
+def _open_dllmc(setting: Setting, folder: Path) -> tuple[Decode, Iterable[Tensor], int]:
+    engine = dllmc.load(folder / "artifact")
+
+    def decode(prompts: list[list[int]], new: int, steps: int) -> tuple[list[list[int]], int]:
+        params = dllmc.SamplingParams(gen_length=new, block_length=setting.block, steps=steps, ignore_eos=True)
+        before = engine.steps
+        results = engine.generate(prompts, params, dllmc.CachePolicy(mode="none"))
+        return [result.token_ids for result in results], engine.steps - before
+
+    memory = engine.artifact.memory
+    return decode, engine._executor.memory.weights.values(), memory["total"] - memory["weights"]
+
+
+def in_fresh_process(what: str, function: Callable[..., T], *args: Any) -> T:
+    """Call a function of this module in a process that does nothing else; `what` names it in an error."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise click.ClickException(f"{what}: the process was killed; is there enough memory?") from None
+
+
+def measure_all(
+    setting: Setting, methods: Sequence[str], request_counts: Sequence[int], repeats: int
+) -> dict[tuple[int, str], list[Measurement]]:
+    """`repeats` measurements of every method at every number of requests, the methods taking turns."""
+    measured: dict[tuple[int, str], list[Measurement]] = {(n, m): [] for n in request_counts for m in methods}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        click.echo("writing the checkpoint and the artifact", err=True)
+        in_fresh_process("compiling", prepare, setting, max(request_counts), folder)
+        for repeat in range(repeats):
+            for requests, method in measured:
+                what = f"{method}, {requests} requests"
+                one = in_fresh_process(what, measure, method, setting, requests, folder)
+                measured[requests, method].append(one)
+                click.echo(f"{repeat + 1}/{repeats}  {what}: {one.seconds:.2f} s", err=True)
+    return measured
+
+
+def summarise(
+    requests: int, method: str, runs: Sequence[Measurement], reference: Sequence[Measurement]
+) -> dict[str, Any]:
+    """Medians of a method's runs, and what they are of the reference's at as many requests."""
+    seconds, expected_seconds = (statistics.median(run.seconds for run in side) for side in (runs, reference))
+    memory, expected_memory = (statistics.median(run.memory_bytes for run in side) for side in (runs, reference))
+    tokens, expected = (torch.tensor([run.tokens for run in side]) for side in (runs, reference))
+    return {
+        "requests": requests,
+        "method": method,
+        "tokens_per_s": tokens[0].numel() / seconds,
+        "speedup": expected_seconds / seconds,
+        "forward_passes": runs[0].forward_passes,
+        "memory_bytes": memory,
+        "memory_ratio": memory / expected_memory,
+        "same_tokens": (tokens == expected).double().mean().item(),
+        "runs": [{k: v for k, v in asdict(run).items() if k != "tokens"} for run in runs],
+    }
+
+
+def print_records(setting: Setting, records: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """The table, with all that one must know to read it."""
+    rows = [
+        {
+            "method": r["method"],
+            "requests": r["requests"],
+            "tokens/s": f"{r['tokens_per_s']:.2f}",
+            "speedup": f"{r['speedup']:.2f}x",
+            "passes": r["forward_passes"],
+            "memory MiB": f"{r['memory_bytes'] / 2**20:.1f}",
+            "of dense": f"{r['memory_ratio']:.3f}",
+            "same tokens": f"{r['same_tokens']:.1%}",
+        }
+        for r in records
+    ]
+    s, most = setting, max(r["requests"] for r in records)
+    title = f"Decoding {s.new} tokens after a prompt of {s.prompt} (block {s.block}, {s.steps} steps), {s.dtype} on CPU"
+    notes = [
+        f"model: LLaDA layout, random weights; vocabulary {s.vocab}, hidden {s.hidden}, {s.layers} layers, {s.heads} heads, "
+        f"MLP {s.mlp}",
+        f"steps: {s.steps}, so {s.new / s.steps:.3g} tokens each, to keep the run short; one token a step would take {s.new}",
+        "dense, dual cache: benchmarks/baselines.py, softmax in float64 as published unless named otherwise; the dual cache",
+        "  approximates, so its tokens are others",
+        "memory: peak of the process beyond the loaded weights, with the arena and state that dllmc reserves when loading",
+        f"  (planned for {most} requests)",
+        report.summary(facts),
+    ]
+    report.print_table(title, rows, notes)
+
+
+@click.command()
+@click.option("--vocab", default=126464, show_default=True, help="Width of the head; the default is LLaDA-8B's.")
+@click.option("--hidden", default=1024, show_default=True)
+@click.option("--layers", default=8, show_default=True)
+@click.option("--heads", default=16, show_default=True)
+@click.option("--mlp", default=3072, show_default=True, help="Width of the feed-forward layers.")
+@click.option("--prompt", default=480, show_default=True, help="Tokens of each prompt.")
+@click.option("--new", default=32, show_default=True, help="Tokens to decode after it.")
+@click.option("--block", default=32, show_default=True, help="Tokens of a block.")
+@click.option("--steps", default=8, show_default=True, help="Forward passes over all blocks.")
+@click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True)
+@click.option("--requests", "request_counts", multiple=True, type=click.IntRange(1), default=(1, 4), show_default=True)
+@click.option("--method", "others", multiple=True, type=click.Choice(OTHERS), default=OTHERS, help="Besides dense.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=report.RESULTS / "decode_cpu.json", help="The JSON file."
+)
+def main(request_counts: tuple[int, ...], others: tuple[str, ...], repeats: int, out: Path, **setting: Any) -> None:
+    """Measure decoding on the CPU; the defaults take about 15 minutes on 2 cores."""
+    facts, s = report.environment(), Setting(**setting)
+    measured = measure_all(s, (REFERENCE, *others), request_counts, repeats)
+    records = [summarise(n, method, runs, measured[n, REFERENCE]) for (n, method), runs in measured.items()]
+    print_records(s, records, facts)
+    differing = [r["requests"] for r in records if r["method"] == COMPILED and r["same_tokens"] < 1]
+    if s.dtype == "float32" and differing:
+        raise click.ClickException(
+            f"{COMPILED} gives other tokens than {REFERENCE} at {differing} requests; nothing written"
+        )
+    report.write_json(out, {"environment": facts, "setting": asdict(s), "repeats": repeats, "results": records})
+
+
+if __name__ == "__main__":
+    main()

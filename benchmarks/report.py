@@ -1,0 +1,104 @@
+"""What benchmarks share: facts of where they run, peak memory, one table on the terminal, one JSON file.
+
+Facts of the machine are those that bear on the figures; names of hosts, users and folders are left out.
+"""
+
+import json
+import os
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Processor, memory, versions, and how busy the machine was: a load well above 0 at the start taints figures."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dllmc": version("dllmc"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """`environment()` in a line."""
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, "
+        f"load {facts['load_average_at_start']} at the start"
+    )
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> None:
+    """Print rows under the names of their first row's columns, aligned, the title above and the notes below."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    print(f"\n{title}\n")
+    for line in cells:
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *others]))
+    print("".join(f"\n{note}" for note in notes))
+
+
+def write_json(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write a benchmark's figures, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(payload, indent=1) + "\n")
+    print(f"wrote {path.name}")
+
+
+class PeakMemory:
+    """Resident memory of this process, in bytes: at the start of a `with` block, and the most inside it.
+
+    The kernel keeps the peak and can be told to forget an older one; where it may not be told, samples stand in.
+    """
+
+    def __enter__(self) -> "PeakMemory":
+        self.start = self.peak = self._status("VmRSS")
+        self._done = threading.Event()
+        self._sampler: threading.Thread | None = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.by = "VmHWM"
+        except OSError:
+            self.by = "VmRSS, sampled every 2 ms"
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sampler is None:
+            self.peak = self._status("VmHWM")
+        else:
+            self._done.set()
+            self._sampler.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self._status("VmRSS"))
+
+    @staticmethod
+    def _status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

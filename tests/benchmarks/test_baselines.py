@@ -1,0 +1,132 @@
+"""The benchmarks' baselines against the golden data, and the benchmark scripts at sizes that take seconds."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import baselines, decode_cpu, head_cpu, report
+from benchmarks.baselines import Pace
+from tests.golden.cases import Case, all_cases, load_model
+
+ROOT = Path(__file__).parents[2]
+FOLDER = "llada-mha"
+DUAL_CACHE = {"delay": 0, "retention": 1.0, "selection": "per_head", "pool": 3}
+
+
+def fits(case: Case) -> bool:
+    """Whether the baselines can decode a case: greedy, low confidence, a uniform schedule, dense or dual cache."""
+    kwargs = {"remasking": "low_confidence", **case.kwargs}
+    plain = kwargs["remasking"] == "low_confidence" and not kwargs.keys() & {"schedule", "cfg_scale", "stop_token_ids"}
+    return case.folder == FOLDER and plain and case.cache in (None, DUAL_CACHE)
+
+
+CASES = [case for case in all_cases() if fits(case)]
+
+
+def decode(case: Case, prompts: list[list[int]]) -> baselines.Decoded:
+    """Prompts of one length through the baseline that a case is for, at its pace."""
+    model, spec = load_model(FOLDER)
+    pace = Pace(**{f.name: case.kwargs[f.name] for f in fields(Pace) if f.name in case.kwargs})
+    decoder = baselines.dense if case.dense else baselines.dual_cache
+    return decoder(model, torch.tensor(prompts), spec.mask_id, pace)
+
+
+def test_every_published_case_is_covered() -> None:
+    """The cases below include all of LLaDA's own decoder, and of Fast-dLLM's with and without a threshold."""
+    published = {"dense", "dense_threshold", "dual_cache", "dual_cache_threshold"}
+    expected = [case.id for case in all_cases() if case.folder == FOLDER and case.name in published]
+    assert {*expected} <= {case.id for case in CASES}
+    assert len(expected) == 16
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_golden_tokens(case: Case) -> None:
+    """Tokens are exact, and so is the number of forward passes where the case gives it."""
+    decoded = decode(case, [case.prompt_ids])
+    assert decoded.tokens.tolist() == [case.completion]
+    assert case.nfe in (None, decoded.forward_passes)
+
+
+@pytest.mark.parametrize("name", ["dense", "dual_cache", "dense_threshold", "dual_cache_threshold"])
+def test_batched_requests_decode_as_alone(name: str) -> None:
+    """Two requests in a batch get the tokens that each gets alone; every block takes the passes of its slower one."""
+    case = [case for case in CASES if case.name == name][-1]
+    prompts = [case.prompt_ids, case.prompt_ids[::-1]]
+    alone = [decode(case, [prompt]) for prompt in prompts]
+    together = decode(case, prompts)
+    assert together.tokens.tolist() == [row for decoded in alone for row in decoded.tokens.tolist()]
+    passes = [decoded.forward_passes for decoded in alone]
+    assert max(passes) <= together.forward_passes < sum(passes)
+
+
+def test_decode_benchmark(tmp_path: Path) -> None:
+    """A tiny run: dllmc gives dense decoding's tokens in as many passes; the file names neither folder nor user."""
+    out = tmp_path / "decode.json"
+    sizes = {"vocab": 300, "hidden": 32, "layers": 2, "heads": 2, "mlp": 48, "prompt": 20, "new": 16, "block": 8}
+    options = {**sizes, "steps": 8, "requests": 2, "repeats": 1, "method": "dllmc dense", "out": out}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.decode_cpu", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    written = json.loads(out.read_text())
+    assert [(r["method"], r["requests"], r["forward_passes"]) for r in written["results"]] == [
+        ("dense", 2, 8),
+        ("dllmc dense", 2, 8),
+    ]
+    assert all(r["same_tokens"] == 1 and r["tokens_per_s"] > 0 for r in written["results"])
+    assert all(r["memory_bytes"] > 0 for r in written["results"])
+    assert "dllmc dense" in done.stdout
+    assert not any(place in out.read_text() for place in (str(ROOT), str(Path.home()), str(tmp_path)))
+
+
+def test_decode_benchmark_refuses_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, dllmc's tokens must be dense decoding's in every run: else the script fails and writes nothing."""
+
+    def runs(*last_tokens: int) -> list[decode_cpu.Measurement]:
+        return [decode_cpu.Measurement([[7, 8, 9, last]], 4, 1.0, 2**20, 0, 2**30, "VmHWM") for last in last_tokens]
+
+    measured = {(1, "dense"): runs(5, 5, 5), (1, "dllmc dense"): runs(5, 6, 5)}
+    monkeypatch.setattr(decode_cpu, "measure_all", lambda *_: measured)
+    done = CliRunner().invoke(decode_cpu.main, ["--out", str(tmp_path / "decode.json")])
+    assert done.exit_code == 1
+    assert "other tokens" in done.output
+    assert "91.7%" in done.output
+    assert not (tmp_path / "decode.json").exists()
+
+
+def test_head_benchmark(tmp_path: Path) -> None:
+    """A tiny run has a record for every number of rows, with the ratios of its medians."""
+    out = tmp_path / "head.json"
+    arguments = ["--vocab", "3000", "--hidden", "16", "--rows", "1", "--rows", "5", "--repeats", "3", "--out", str(out)]
+    done = CliRunner().invoke(head_cpu.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    records = json.loads(out.read_text())["results"]
+    assert [r["rows"] for r in records] == [1, 5]
+    for r in records:
+        head, gemm = (sorted(r["runs_ms"][name])[1] for name in ("head", "whole"))
+        assert (r["head_ms"], r["gemm_ms"], r["of_gemm"]) == (head, gemm, head / gemm)
+
+
+@pytest.mark.parametrize("resettable", [True, False])
+def test_peak_memory_sees_what_is_gone_again(resettable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB that lived for a moment are in the peak, and an older, higher peak is not; also where it is sampled."""
+    if not resettable:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(report.Path, "write_text", refuse)
+    size = 64 << 20
+    torch.ones(4 * size, dtype=torch.uint8)
+    with report.PeakMemory() as memory:
+        block = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.1)
+        del block
+    assert memory.by.startswith("VmHWM" if resettable else "VmRSS")
+    assert size <= memory.peak - memory.start + (1 << 20) < 2 * size
