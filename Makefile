@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: help demo test test-all lint format clean
 
@@ -18,10 +19,10 @@ demo: $(READY)  ## Compile the bundled checkpoint, solve a few Sudokus, print th
 	$(BIN)/python examples/sudoku.py
 
 test: $(READY)  ## All tests but the slow ones.
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 test-all: $(READY)  ## Every test; writes tests/summary.json.
-	$(BIN)/pytest --summary tests/summary.json
+	$(BIN)/pytest $(PARALLEL) --summary tests/summary.json
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter.
 	$(BIN)/ruff check .

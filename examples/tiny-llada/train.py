@@ -1,6 +1,6 @@
 """Train the bundled checkpoint: a 4-layer LLaDA over characters that solves 4x4 Sudoku.
 
-    python examples/tiny-llada/train.py            # about 30 minutes on 2 cores; continues where it stopped
+    python examples/tiny-llada/train.py            # under an hour on one core; continues where it stopped
 
 As LLaDA is fine-tuned: the prompt stays, a uniformly drawn share of the completion is masked, and the loss
 is the cross entropy of the masked tokens. Completions are padded with the end token to several lengths.
