@@ -234,12 +234,12 @@ def print_records(setting: Setting, records: Sequence[dict[str, Any]], facts: di
     s, most = setting, max(r["requests"] for r in records)
     title = f"Decoding {s.new} tokens after a prompt of {s.prompt} (block {s.block}, {s.steps} steps), {s.dtype} on CPU"
     notes = [
-        f"model: LLaDA layout, random weights; vocabulary {s.vocab}, hidden {s.hidden}, {s.layers} layers, {s.heads} heads, "
-        f"MLP {s.mlp}",
-        f"steps: {s.steps}, so {s.new / s.steps:.3g} tokens each, to keep the run short; one token a step would take {s.new}",
-        "dense, dual cache: benchmarks/baselines.py, softmax in float64 as published unless named otherwise; the dual cache",
-        "  approximates, so its tokens are others",
-        "memory: peak of the process beyond the loaded weights, with the arena and state that dllmc reserves when loading",
+        f"model: LLaDA layout, random weights: vocabulary {s.vocab}, hidden {s.hidden}, {s.layers} layers, "
+        f"{s.heads} heads, MLP {s.mlp}",
+        f"steps: {s.new / s.steps:.3g} tokens each; one token a step would take {s.new} of them",
+        "dense, dual cache: benchmarks/baselines.py, with the published float64 softmax unless another is named;",
+        "  the dual cache approximates, so its tokens are others",
+        "memory: the process's peak beyond the loaded weights, with the arena and state that dllmc reserves at load",
         f"  (planned for {most} requests)",
         report.summary(facts),
     ]
@@ -255,7 +255,7 @@ def print_records(setting: Setting, records: Sequence[dict[str, Any]], facts: di
 @click.option("--prompt", default=480, show_default=True, help="Tokens of each prompt.")
 @click.option("--new", default=32, show_default=True, help="Tokens to decode after it.")
 @click.option("--block", default=32, show_default=True, help="Tokens of a block.")
-@click.option("--steps", default=8, show_default=True, help="Forward passes over all blocks.")
+@click.option("--steps", default=6, show_default=True, help="Forward passes over all blocks.")
 @click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True)
 @click.option("--requests", "request_counts", multiple=True, type=click.IntRange(1), default=(1, 4), show_default=True)
 @click.option("--method", "others", multiple=True, type=click.Choice(OTHERS), default=OTHERS, help="Besides dense.")

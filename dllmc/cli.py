@@ -19,6 +19,7 @@ DEFAULTS = {  # of CompileOptions and SamplingParams; a test holds them equal, s
     "max_tokens_per_step": 4096,
     "max_requests": 64,
     "max_logit_rows": 1024,
+    "dtype": "float32",
     "gen_length": 128,
     "block_length": 32,
     "temperature": 0.0,
@@ -70,16 +71,17 @@ def main() -> None:
 @option("max_tokens_per_step", int, "Packed tokens that a step takes at most.")
 @option("max_requests", int, "Segments that a step takes at most; a guided request has two.")
 @option("max_logit_rows", int, "Masked positions that a step predicts at most; no block may be longer.")
+@option("dtype", str, "float32, bfloat16 or float16.")
 @click.option("--passes", help="Pipeline text instead of the default one.")
 @reported
-def compile_command(model: str, out: Path, passes: str | None, **limits: int) -> None:
+def compile_command(model: str, out: Path, passes: str | None, **chosen: Any) -> None:
     """Compile MODEL into the artifact directory OUT.
 
     MODEL is a checkpoint folder in Hugging Face layout, or a hub id such as GSAI-ML/LLaDA-8B-Instruct.
     """
     import dllmc
 
-    options = dllmc.CompileOptions(**limits, **({} if passes is None else {"passes": passes}))  # type: ignore[arg-type]
+    options = dllmc.CompileOptions(**chosen if passes is None else {**chosen, "passes": passes})
     artifact = dllmc.compile(model, out, options)
     print_passes(artifact)
     print_memory(artifact)
@@ -124,7 +126,7 @@ def generate(artifact: Path, texts: tuple[str, ...], ids: tuple[str, ...], **sam
     for result in engine.generate(prompts, params):
         click.echo(result.text if result.text is not None else ",".join(map(str, result.token_ids)))
         click.echo(
-            f"[{len(result.token_ids)} tokens, {result.forward_passes} forward passes, {result.finish_reason}]",
+            f"[{counted(len(result.token_ids), 'token')}, {counted(result.forward_passes, 'forward pass')}, {result.finish_reason}]",
             err=True,
         )
 
@@ -179,6 +181,11 @@ def print_memory(artifact: "Artifact") -> None:
         click.echo(
             f"arena    {program.name}: {size(program.arena_bytes or 0)} for {len(program.buffers)} buffers, {gap}"
         )
+
+
+def counted(count: int, noun: str) -> str:
+    """1 token, 2 tokens, 2 passes."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def size(count: int) -> str:

@@ -15,6 +15,8 @@ from dllmc.models import checkpoint
 from dllmc.passes import pipeline
 from dllmc.spec import ModelSpec
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class CompileOptions:
@@ -23,18 +25,23 @@ class CompileOptions:
     max_tokens_per_step: packed tokens of a step (a guided request counts twice).
     max_requests: segments of a step (a guided request has two).
     max_logit_rows: masked positions that a step predicts; a block may be no longer.
+    dtype: of a checkpoint's weights and activations, one of `DTYPES`; statistics of norms, softmax and logits are
+        float32 in each. A bare module is compiled in the dtypes that it has.
     passes: pipeline text; see `dllmc.passes.pipeline`.
     """
 
     max_tokens_per_step: int = 4096
     max_requests: int = 64
     max_logit_rows: int = 1024
+    dtype: str = "float32"
     passes: str = pipeline.DEFAULT_PIPELINE
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens_per_step", 2), ("max_requests", 1), ("max_logit_rows", 1)):
             if not least <= getattr(self, name) < 2**31:
                 raise ConfigError(f"{name}: expected {least} or more, below 2**31, found {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
 
     @property
     def maxima(self) -> dict[str, int]:
@@ -55,7 +62,7 @@ def compile(
     Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError` or `ArtifactError`.
     """
     options = options or CompileOptions()
-    model, spec, tokenizer_files = _open(source, spec)
+    model, spec, tokenizer_files = _open(source, spec, options)
     step = capture(model, spec, options.maxima)
     log = pipeline.run(step, pipeline.parse(options.passes))
     if step.program is None or step.program.arena_bytes is None:
@@ -72,10 +79,13 @@ def compile(
     )
 
 
-def _open(source: str | Path | nn.Module, spec: ModelSpec | None) -> tuple[nn.Module, ModelSpec, list[Path]]:
+def _open(
+    source: str | Path | nn.Module, spec: ModelSpec | None, options: CompileOptions
+) -> tuple[nn.Module, ModelSpec, list[Path]]:
     if isinstance(source, nn.Module):
         if spec is None:
             raise ConfigError("compiling a bare module needs spec=ModelSpec(vocab_size, mask_id, end_ids, ...)")
         return source, spec, []
     folder = checkpoint.resolve(source)
-    return checkpoint.load_model(folder), spec or checkpoint.load_spec(folder), checkpoint.tokenizer_files(folder)
+    model = checkpoint.load_model(folder, dtype=getattr(torch, options.dtype))
+    return model, spec or checkpoint.load_spec(folder), checkpoint.tokenizer_files(folder)

@@ -66,23 +66,40 @@ def test_batched_requests_decode_as_alone(name: str) -> None:
     assert max(passes) <= together.forward_passes < sum(passes)
 
 
-def test_decode_benchmark(tmp_path: Path) -> None:
-    """A tiny run: dllmc gives dense decoding's tokens in as many passes; the file names neither folder nor user."""
-    out = tmp_path / "decode.json"
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> list[str]:
+    """Arguments of `decode_cpu` for a run of seconds, without the file to write."""
     sizes = {"vocab": 300, "hidden": 32, "layers": 2, "heads": 2, "mlp": 48, "prompt": 20, "new": 16, "block": 8}
-    options = {**sizes, "steps": 8, "requests": 2, "repeats": 1, "method": "dllmc dense", "out": out}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "benchmarks.decode_cpu", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    written = json.loads(out.read_text())
-    assert [(r["method"], r["requests"], r["forward_passes"]) for r in written["results"]] == [
-        ("dense", 2, 8),
-        ("dllmc dense", 2, 8),
-    ]
-    assert all(r["same_tokens"] == 1 and r["tokens_per_s"] > 0 for r in written["results"])
-    assert all(r["memory_bytes"] > 0 for r in written["results"])
-    assert "dllmc dense" in done.stdout
+    options = {**sizes, "steps": 8, "repeats": 1}
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_decode_benchmark(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method is measured at every number of requests; dllmc gives dense decoding's tokens in as many passes."""
+    monkeypatch.setattr(decode_cpu, "in_fresh_process", lambda _, function, *args: function(*args))
+    out = tmp_path / "decode.json"
+    done = CliRunner().invoke(decode_cpu.main, [*tiny_run, "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    records = {(r["requests"], r["method"]): r for r in json.loads(out.read_text())["results"]}
+    methods = ("dense", "dense, float32 softmax", "dual cache", "dllmc dense")
+    assert [*records] == [(requests, method) for requests in (1, 4) for method in methods]
+    for (requests, method), r in records.items():
+        assert r["forward_passes"] == 8
+        assert r["tokens_per_s"] == requests * 16 / r["runs"][0]["seconds"]
+        assert r["same_tokens"] == 1 or method != "dllmc dense"
     assert not any(place in out.read_text() for place in (str(ROOT), str(Path.home()), str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_decode_benchmark_in_fresh_processes(tiny_run: list[str], tmp_path: Path) -> None:
+    """As its users call it: each measurement in a process of its own, and memory of each."""
+    out = tmp_path / "decode.json"
+    command = [sys.executable, "-m", "benchmarks.decode_cpu", *tiny_run, "--method", "dllmc dense", "--requests", "2"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    records = json.loads(out.read_text())["results"]
+    assert [(r["method"], r["requests"], r["same_tokens"]) for r in records] == [("dense", 2, 1), ("dllmc dense", 2, 1)]
+    assert all(r["memory_bytes"] > 0 for r in records)
+    assert all(r["method"] in done.stdout for r in records)
 
 
 def test_decode_benchmark_refuses_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +138,7 @@ def test_peak_memory_sees_what_is_gone_again(resettable: bool, monkeypatch: pyte
         def refuse(*_: object) -> None:
             raise PermissionError
 
-        monkeypatch.setattr(report.Path, "write_text", refuse)
+        monkeypatch.setattr(Path, "write_text", refuse)
     size = 64 << 20
     torch.ones(4 * size, dtype=torch.uint8)
     with report.PeakMemory() as memory:
