@@ -125,10 +125,8 @@ def generate(artifact: Path, texts: tuple[str, ...], ids: tuple[str, ...], **sam
     engine = dllmc.load(artifact)
     for result in engine.generate(prompts, params):
         click.echo(result.text if result.text is not None else ",".join(map(str, result.token_ids)))
-        click.echo(
-            f"[{counted(len(result.token_ids), 'token')}, {counted(result.forward_passes, 'forward pass')}, {result.finish_reason}]",
-            err=True,
-        )
+        cost = counted(len(result.token_ids), "token"), counted(result.forward_passes, "forward pass")
+        click.echo(f"[{', '.join((*cost, result.finish_reason))}]", err=True)
 
 
 @main.command()

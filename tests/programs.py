@@ -1,10 +1,12 @@
-"""Small programs for tests: builders, and a hypothesis strategy of random straight-line ones without a plan."""
+"""Small programs for tests: builders, random straight-line ones without a plan, and how the verifier judges them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import strategies as st
 
+from dllmc.errors import ProgramError
 from dllmc.ir.program import (
     ALIGNMENT_BYTES,
     DTYPE_BYTES,
@@ -22,6 +24,7 @@ from dllmc.ir.program import (
 )
 from dllmc.memory import planner
 from dllmc.memory.liveness import lifetimes
+from dllmc.memory.verifier import verify
 
 MAXIMA = {"tokens": 9, "rows": 5, "guided": 3, "segments": 2}
 TOKENS, ROWS, GUIDED = (Affine(0, ((symbol, 1),)) for symbol in ("tokens", "rows", "guided"))
@@ -80,6 +83,21 @@ def planned(unplanned: Program) -> Program:
         name: replace(unplanned.buffers[name], offset=plan.offsets[name], lifetime=span) for name, span in spans.items()
     }
     return replace(unplanned, buffers=buffers, arena_bytes=plan.height, lower_bound_bytes=plan.lower_bound)
+
+
+def refusal(judged: Program) -> str | None:
+    """Why the verifier refuses a program; None if it does not."""
+    try:
+        verify(judged)
+    except ProgramError as error:
+        return str(error)
+    return None
+
+
+def refuse(bad: Program, message: str) -> None:
+    """The verifier refuses a program with a message that matches."""
+    with pytest.raises(ProgramError, match=message):
+        verify(bad)
 
 
 affines = st.builds(

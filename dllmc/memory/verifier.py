@@ -1,10 +1,9 @@
 """Proof that a planned program never reads bytes that something else has overwritten.
 
-Independent of the planner and of its lifetimes: the program is replayed on an arena whose every byte remembers
-which buffer wrote it last. Runs after planning and again whenever an artifact is loaded.
+Independent of the planner and of its lifetimes: the program is replayed on an arena that knows which buffers
+are intact in it. Runs after planning and again whenever an artifact is loaded.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 
 from dllmc.errors import ProgramError
@@ -32,38 +31,36 @@ def verify(program: Program) -> None:
     for name, tensor in (program.inputs | program.weights | program.buffers).items():
         _check_shape(name, tensor, program)
     ranges = {name: _bytes_of(name, buffer, program) for name, buffer in program.buffers.items()}
-    arena = _Arena()
+    arena = _Arena(ranges)
     for index, instruction in enumerate(program.instructions):
-        _replay(program, instruction, f"instruction {index} ({instruction.op})", ranges, arena)
+        _replay(program, instruction, f"instruction {index} ({instruction.op})", arena)
     for name, view in program.outputs.items():
         _check_bounds(program, view, f"output {name!r}")
         if view.base in ranges:
-            arena.check(view.base, ranges[view.base], f"output {name!r}")
+            arena.check(view.base, f"output {name!r}")
 
 
-def _replay(
-    program: Program, instruction: Instruction, where: str, ranges: Mapping[str, tuple[int, int]], arena: "_Arena"
-) -> None:
+def _replay(program: Program, instruction: Instruction, where: str, arena: "_Arena") -> None:
     for view in (*instruction.reads(), *instruction.outputs):
         _check_bounds(program, view, where)
-    read = list(dict.fromkeys(view.base for view in instruction.reads() if view.base in ranges))
+    read = list(dict.fromkeys(view.base for view in instruction.reads() if view.base in program.buffers))
     for name in read:
-        arena.check(name, ranges[name], where)
+        arena.check(name, where)
     workspace = () if instruction.workspace is None else (instruction.workspace,)
     written = [*(view.base for view in instruction.outputs), *workspace]
     used = [*read, *written]
     for name in written:
-        if name not in ranges:
+        if name not in program.buffers:
             raise ProgramError(f"{where} writes {name!r}, which is no buffer")
         if used.count(name) > 1:
             raise ProgramError(f"{where} writes {name!r}, which it uses for something else too")
     for view in instruction.outputs:
         if not _fills(view, program.buffers[view.base]):  # then the rest of the buffer must be its own already
-            arena.check(view.base, ranges[view.base], f"{where} writes a part")
+            arena.check(view.base, f"{where} writes a part")
     for name in written:
-        arena.write(name, ranges[name])
+        arena.write(name)
     for name in used:  # nothing that an instruction uses may lie on what it writes
-        arena.check(name, ranges[name], where)
+        arena.check(name, where)
 
 
 def _check_shape(name: str, tensor: Tensor, program: Program) -> None:
@@ -106,14 +103,14 @@ def _check_bounds(program: Program, view: View, where: str) -> None:
 
 def _fills(view: View, tensor: Tensor) -> bool:
     """Whether a view within bounds is the whole tensor, its dimensions in any order."""
-    dense = Affine(1)
+    count, dense = element_count(tensor.shape), Affine(1)
     large = dict.fromkeys(SYMBOLS, 1 << 31)  # sizes that put the axes of a dense tensor in order
     for stride, dim in sorted(zip(view.strides, view.shape, strict=True), key=lambda axis: axis[0].at(large)):
         if dim != Affine(1):
             if stride != dense:
-                return False
+                return count == Affine()
             dense = product(dense, dim)
-    return dense == element_count(tensor.shape)
+    return dense == count
 
 
 def _text(affines: tuple[Affine, ...]) -> str:
@@ -121,39 +118,27 @@ def _text(affines: tuple[Affine, ...]) -> str:
 
 
 class _Arena:
-    """Disjoint byte ranges and the buffer that wrote each last, ordered by start."""
+    """Which buffers lie in the arena as they were written, and by which the others were overwritten."""
 
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ranges: list[tuple[int, int, str]] = []
+    def __init__(self, ranges: Mapping[str, tuple[int, int]]) -> None:
+        self.ranges = ranges
+        self.intact: set[str] = set()
+        self.overwritten_by: dict[str, str] = {}
 
-    def write(self, name: str, span: tuple[int, int]) -> None:
-        start, end = span
-        if start == end:
+    def write(self, name: str) -> None:
+        start, end = self.ranges[name]
+        lost = {n for n in self.intact if max(start, self.ranges[n][0]) < min(end, self.ranges[n][1])}
+        self.overwritten_by |= dict.fromkeys(lost, name)
+        self.intact = self.intact - lost | {name}
+
+    def check(self, name: str, where: str) -> None:
+        if name in self.intact:
             return
-        first, last = self._overlapping(start, end)
-        kept = []
-        for a, b, owner in self.ranges[first:last]:
-            kept += [(a, start, owner)] if a < start else []
-            kept += [(end, b, owner)] if b > end else []
-        self.ranges[first:last] = sorted([*kept, (start, end, name)])
-        self.starts[first:last] = [a for a, _, _ in sorted([*kept, (start, end, name)])]
+        if (other := self.overwritten_by.get(name)) is None:
+            raise ProgramError(f"{where}: {name!r} at {self._place(name)} is used before it is written")
+        lost = f"{name!r} at {self._place(name)} is overwritten by {other!r} at {self._place(other)}"
+        raise ProgramError(f"{where}: {lost}")
 
-    def check(self, name: str, span: tuple[int, int], where: str) -> None:
-        start, end = span
-        if start == end:
-            return
-        covered = start
-        for a, b, owner in self.ranges[slice(*self._overlapping(start, end))]:
-            if owner != name or a > covered:
-                found = f"[{a}, {b}) of {owner!r}" if owner != name else "bytes that were never written"
-                raise ProgramError(f"{where}: {name!r} at [{start}, {end}) conflicts with {found}")
-            covered = b
-        if covered < end:
-            raise ProgramError(f"{where}: {name!r} at [{start}, {end}) is used before it is written")
-
-    def _overlapping(self, start: int, end: int) -> tuple[int, int]:
-        first = bisect_right(self.starts, start) - 1
-        if first < 0 or self.ranges[first][1] <= start:
-            first += 1
-        return first, bisect_left(self.starts, end)
+    def _place(self, name: str) -> str:
+        start, end = self.ranges[name]
+        return f"[{start}, {end})"

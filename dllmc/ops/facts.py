@@ -107,7 +107,8 @@ def is_row_wise(node: fx.Node, axis_of: AxisOf) -> bool:
         rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
         return source is None or (index is None and source != argument(node, 1) % rank)
     if target is aten.matmul.default:
-        return _keeps_rows_of_factor(node, axis_of)
+        factors = [axis_of(factor) for factor in node.args]  # type: ignore[arg-type]
+        return None in factors  # what is summed over, or multiplied row by row, both factors have
     if target in _MOVES:
         return True
     if target in _RESHAPES:
@@ -145,16 +146,6 @@ def argument(node: fx.Node, position: int) -> Any:
 
 def _from_right(node: fx.Node, axis: int) -> int:
     return axis - int(node.meta["val"].dim())
-
-
-def _keeps_rows_of_factor(node: fx.Node, axis_of: AxisOf) -> bool:
-    """A product of matrices keeps apart the rows of an axis that one factor has, and that it does not sum over."""
-    left, right = axis_of(node.args[0]), axis_of(node.args[1])  # type: ignore[arg-type]
-    if (left is None) == (right is None):
-        return left is None
-    if left is not None:
-        return left != node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
-    return right != max(node.args[1].meta["val"].dim() - 2, 0)  # type: ignore[union-attr]
 
 
 def _keeps_prefix(node: fx.Node, axis_of: AxisOf) -> bool:

@@ -130,6 +130,19 @@ def test_the_order_in_which_buffers_are_listed_does_not_matter(data: st.DataObje
             30,
             True,
         ),
+        # c fits the gap between a and b exactly.
+        (
+            [Buffer("a", 0, 4, 9), Buffer("gap", 0, 1, 5), Buffer("b", 0, 4, 4), Buffer("c", 2, 4, 3)],
+            {"a": 0, "gap": 9, "b": 14, "c": 9},
+            18,
+            True,
+        ),
+        (
+            [Buffer("a", 0, 4, 9), Buffer("gap", 0, 1, 5), Buffer("b", 0, 4, 4), Buffer("c", 2, 4, 4)],
+            {"a": 0, "gap": 9, "b": 14, "c": 9},
+            18,
+            True,
+        ),
         # Alignment leaves a gap, so the bound is not met.
         ([Buffer("a", 0, 1, 65, 64), Buffer("b", 0, 1, 3, 64)], {"a": 0, "b": 128}, 68, False),
     ],

@@ -1,6 +1,5 @@
 """The verifier refuses a plan exactly when some byte that is needed is lost, judged by running it byte by byte."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,10 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dllmc.errors import ProgramError
-from dllmc.ir.program import LEAST, Affine, Instruction, Program, Tensor, View, aligned
+from dllmc.ir.program import LEAST, Affine, Program, Tensor, View, aligned
 from dllmc.memory.verifier import verify
-from tests.programs import GUIDED, MAXIMA, ROWS, TOKENS, planned, program, programs, shape, tensor
+from tests.programs import MAXIMA, TOKENS, planned, program, programs, refusal, refuse, shape, tensor
 
 random_programs = settings(
     deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
@@ -48,14 +46,6 @@ def loses_bytes(random: Program, sizes: Mapping[str, int]) -> bool:
     return not all(intact(view.base) for view in random.outputs.values() if view.base in spans)
 
 
-def refused(random: Program) -> bool:
-    try:
-        verify(random)
-    except ProgramError:
-        return True
-    return False
-
-
 @random_programs
 @given(programs(), st.data())
 def test_what_the_planner_plans_is_accepted_and_loses_nothing(random: Program, data: st.DataObject) -> None:
@@ -78,7 +68,7 @@ def test_a_moved_buffer_is_refused_exactly_when_bytes_are_lost(random: Program, 
     slots = ((plan.arena_bytes or 0) - sizes[name]) // 64
     moved = replace(plan.buffers[name], offset=64 * data.draw(st.integers(0, slots)))
     moved_plan = replace(plan, buffers={**plan.buffers, name: moved})
-    assert refused(moved_plan) == loses_bytes(moved_plan, MAXIMA)
+    assert (refusal(moved_plan) is not None) == loses_bytes(moved_plan, MAXIMA)
 
 
 @random_programs
@@ -92,38 +82,33 @@ def test_random_offsets_are_refused_exactly_when_bytes_are_lost(random: Program,
         for name, b in plan.buffers.items()
     }
     anywhere = replace(plan, buffers=buffers, arena_bytes=arena_bytes)
-    assert refused(anywhere) == loses_bytes(anywhere, MAXIMA)
+    assert (refusal(anywhere) is not None) == loses_bytes(anywhere, MAXIMA)
 
 
 def at(offset: int, *dims: int | Affine) -> Tensor:
     return tensor(*dims, offset=offset)
 
 
-def refuse(bad: Program, message: str) -> None:
-    with pytest.raises(ProgramError, match=message):
-        verify(bad)
-
-
 def test_a_value_overwritten_before_its_last_reading_is_refused() -> None:
-    """The error names the instruction that reads, its buffer and bytes, and whose bytes it would find."""
+    """The error names the instruction that reads, its buffer, the buffer that lies there now, and the bytes of both."""
     bad = program(
         {"a": at(0, 32), "b": at(64, 8), "c": at(256, 4)},
         [((), ["a"]), ((), ["b"]), (["a"], ["c"])],
         arena_bytes=512,
     )
-    refuse(bad, r"^instruction 2 \(copy\): 'a' at \[0, 128\) conflicts with \[64, 96\) of 'b'$")
+    refuse(bad, r"^instruction 2 \(copy\): 'a' at \[0, 128\) is overwritten by 'b' at \[64, 96\)$")
     apart = {**bad.buffers, "b": at(128, 8)}
     verify(replace(bad, buffers=apart))
 
 
 def test_an_output_on_an_operand_is_refused() -> None:
     bad = program({"a": at(0, 32), "b": at(64, 32)}, [((), ["a"]), (["a"], ["b"])], arena_bytes=256)
-    refuse(bad, r"^instruction 1 \(copy\): 'a' at \[0, 128\) conflicts with \[64, 192\) of 'b'$")
+    refuse(bad, r"^instruction 1 \(copy\): 'a' at \[0, 128\) is overwritten by 'b' at \[64, 192\)$")
 
 
 def test_two_outputs_on_each_other_are_refused() -> None:
     bad = program({"a": at(0, 32), "b": at(64, 32)}, [((), ["a", "b"])], arena_bytes=256)
-    refuse(bad, r"^instruction 0 \(copy\): 'a' at \[0, 128\) conflicts with \[64, 192\) of 'b'$")
+    refuse(bad, r"^instruction 0 \(copy\): 'a' at \[0, 128\) is overwritten by 'b' at \[64, 192\)$")
 
 
 @pytest.mark.parametrize(("offset", "name"), [(64, "a"), (192, "b")])
@@ -132,12 +117,12 @@ def test_a_workspace_on_an_operand_or_an_output_is_refused(offset: int, name: st
     good = replace(good, instructions=(good.instructions[0], replace(good.instructions[1], workspace="w")))
     verify(good)
     bad = replace(good, buffers={**good.buffers, "w": at(offset, 32)})
-    refuse(bad, rf"^instruction 1 \(copy\): '{name}' at \[\d+, \d+\) conflicts with \[\d+, \d+\) of 'w'$")
+    refuse(bad, rf"^instruction 1 \(copy\): '{name}' at \[\d+, \d+\) is overwritten by 'w' at \[\d+, \d+\)$")
 
 
 def test_an_output_of_the_program_overwritten_after_its_production_is_refused() -> None:
     bad = program({"a": at(0, 4), "b": at(0, 2)}, [((), ["a"]), ((), ["b"])], returns=["a"], arena_bytes=64)
-    refuse(bad, r"^output 'a': 'a' at \[0, 16\) conflicts with \[0, 8\) of 'b'$")
+    refuse(bad, r"^output 'a': 'a' at \[0, 16\) is overwritten by 'b' at \[0, 8\)$")
     verify(replace(bad, outputs={}))
 
 
@@ -169,7 +154,7 @@ def test_writing_a_part_of_a_buffer_does_not_make_the_rest_its_own() -> None:
     buffers = {"a": at(0, 8), "b": at(0, 8)}
     for part in (half, columns):
         bad = program(buffers, [((), ["a"]), ((), [part]), (["b"], [])], arena_bytes=64)
-        refuse(bad, r"^instruction 1 \(copy\) writes a part: 'b' at \[0, 32\) conflicts with \[0, 32\) of 'a'$")
+        refuse(bad, r"^instruction 1 \(copy\) writes a part: 'b' at \[0, 32\) is used before it is written$")
         verify(program(buffers, [((), ["a"]), ((), ["b"]), ((), [part]), (["b"], [])], arena_bytes=64))
 
 
@@ -212,115 +197,3 @@ def test_an_empty_buffer_needs_no_bytes() -> None:
     """Wherever it lies, even inside another, it conflicts with nothing and is whole."""
     empty = at(64, 0, TOKENS)
     verify(program({"a": at(0, 64), "e": empty}, [((), ["a"]), ((), ["e"]), (["a", "e"], [])], ["e"], arena_bytes=256))
-
-
-DOWN = Affine(9, (("tokens", -1),))
-
-
-@pytest.mark.parametrize("group", ["inputs", "weights", "buffers"])
-@pytest.mark.parametrize("dim", [Affine(-1), Affine(-2, (("tokens", 1),)), DOWN], ids=str)
-def test_a_dimension_that_shrinks_or_is_negative_is_refused(group: str, dim: Affine) -> None:
-    """Smaller steps could not use the plan of the largest: at one token `9 - tokens` would be 8, not 0."""
-    tensors = {"a": at(0, 2, dim) if group == "buffers" else tensor(2, dim)}
-    groups = {"buffers": {}, group: tensors}
-    bad = program(groups.pop("buffers"), [], arena_bytes=1024, **groups)
-    refuse(bad, rf"^'a': a dimension of \({re.escape(str(dim))}\) shrinks as a step grows, or is negative$")
-
-
-FOUR_BY_TOKENS = {"x": tensor(4, TOKENS)}
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        View("x", shape(4, TOKENS), (TOKENS, Affine(1))),
-        View("x", shape(TOKENS, 4), (Affine(1), TOKENS)),
-        View("x", shape(TOKENS), shape(1), Affine(0, (("tokens", 3),))),  # the last row
-        View("x", shape(4), (TOKENS,), Affine(-1, (("tokens", 1),))),  # the last column
-        View("x", shape(7, 4, TOKENS), (Affine(0), TOKENS, Affine(1))),  # broadcast
-        View("x", (), (), Affine(-1, (("tokens", 4),))),
-        View("x", shape(100, 0), shape(100, 100), Affine(1000)),  # nothing
-    ],
-)
-def test_views_within_their_tensor_are_accepted(view: View) -> None:
-    verify(program({}, [([view], [])], inputs=FOUR_BY_TOKENS, arena_bytes=0))
-
-
-@pytest.mark.parametrize(
-    ("view", "message"),
-    [
-        (View("x", shape(5, TOKENS), (TOKENS, Affine(1))), "reaches 5.tokens - 1 of 4.tokens"),
-        (View("x", shape(TOKENS), shape(1), Affine(1, (("tokens", 3),))), "reaches 4.tokens of 4.tokens"),
-        (View("x", shape(4, TOKENS), (TOKENS, Affine(2))), r"reaches 5.tokens - 2 of 4.tokens"),
-        (View("x", (), (), Affine(0, (("tokens", 4),))), "reaches 4.tokens of 4.tokens"),
-        # Right at the largest sizes, beyond the tensor at smaller ones.
-        (View("x", shape(36), shape(1)), "starts at element 0 and reaches 35 of 4.tokens"),
-        (View("x", (), (), Affine(4)), "reaches 4 of 4.tokens"),
-        (View("x", shape(ROWS), shape(1)), "reaches rows - 1 of 4.tokens"),
-        # Right at the largest and at the smallest sizes, negative or beyond it in between, one size being large.
-        (View("x", shape(TOKENS), shape(1), Affine(-1, (("rows", 1),))), "reaches rows . tokens - 2 of 4.tokens"),
-        (View("x", shape(2), shape(1), Affine(-1)), "negative size, stride or offset -1"),
-        (View("x", shape(2), shape(-1), Affine(1)), "negative size, stride or offset 1"),
-        (View("x", shape(Affine(-2, (("tokens", 1),))), shape(1)), "negative size, stride or offset 0"),
-        (View("x", shape(2, TOKENS), (TOKENS, TOKENS)), "product of two sizes"),
-    ],
-)
-def test_views_beyond_their_tensor_are_refused(view: View, message: str) -> None:
-    """For every size of a step, not only the largest; an operand, one inside a list, or what is returned."""
-    described = r"a view of 'x' \(shape \[.*\], strides \[.*\]\)"
-    refuse(
-        program({}, [([view], [])], inputs=FOUR_BY_TOKENS, arena_bytes=0),
-        rf"^instruction 0 \(copy\): {described}.*{message}",
-    )
-    refuse(
-        program({}, [([(1, view)], [])], inputs=FOUR_BY_TOKENS, arena_bytes=0),
-        rf"^instruction 0 \(copy\): {described}.*{message}",
-    )
-    returned = replace(program({}, [], inputs=FOUR_BY_TOKENS, arena_bytes=0), outputs={"y": view})
-    refuse(returned, rf"^output 'y': {described}.*{message}")
-
-
-def test_an_output_view_beyond_its_buffer_is_refused() -> None:
-    view = View("a", shape(5), shape(1))
-    refuse(
-        program({"a": at(0, 4)}, [((), [view])], arena_bytes=64),
-        r"^instruction 0 \(copy\): a view of 'a' .* starts at element 0 and reaches 4 of 4$",
-    )
-
-
-def test_guided_rows_may_be_none_and_tokens_may_not() -> None:
-    """The least sizes differ: `guided - 1` can be negative, `tokens - 1` cannot."""
-    inputs = {"g": tensor(GUIDED), "t": tensor(TOKENS)}
-    minus_one = {s: Affine(-1, ((s, 1),)) for s in ("guided", "tokens")}
-    verify(program({}, [([View("t", (minus_one["tokens"],), shape(1), Affine(1))], [])], inputs=inputs, arena_bytes=0))
-    refuse(
-        program({}, [([View("g", (minus_one["guided"],), shape(1), Affine(1))], [])], inputs=inputs, arena_bytes=0),
-        "negative size",
-    )
-
-
-@random_programs
-@given(programs(), st.data())
-def test_bounds_are_those_of_every_size(random: Program, data: st.DataObject) -> None:
-    """A view shifted by some elements is refused exactly when, at some sizes, an element lies outside its tensor."""
-    views = [view for i in random.instructions for view in i.reads()]
-    assume(views)
-    view = data.draw(st.sampled_from(views))
-    assume(Affine() not in view.shape)
-    shifted = replace(view, offset=view.offset + Affine(data.draw(st.integers(-4, 40))))
-    described = random.tensor(view.base)
-    outside = False
-    for step in (
-        {"tokens": t, "rows": r, "guided": g, "segments": s}
-        for t in (1, 2, 9)
-        for r in (1, 5)
-        for g in (0, 3)
-        for s in (1, 2)
-    ):
-        places = np.full((), shifted.offset.at(step))
-        for dim, stride in zip(shifted.shape, shifted.strides, strict=True):
-            places = places[..., None] + np.arange(dim.at(step)) * stride.at(step)
-        count = described.size_bytes(step) // Tensor(described.dtype, ()).size_bytes(step)
-        outside |= bool(np.any((places < 0) | (places >= count)))
-    reading = Program("p", MAXIMA, {view.base: described}, {}, {}, (Instruction("op", (shifted,), ()),), {}, 0)
-    assert refused(reading) == outside
