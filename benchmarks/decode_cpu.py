@@ -33,7 +33,7 @@ T = TypeVar("T")
 # (prompts [B][P], new tokens, steps) -> (completions [B][new], forward passes of the batch)
 Decode = Callable[[list[list[int]], int, int], tuple[list[list[int]], int]]
 
-DTYPES = ("float32",)
+DTYPES = ("float32", "bfloat16")
 BASELINES: dict[str, Callable[..., baselines.Decoded]] = {
     "dense": baselines.dense,
     "dense, float32 softmax": partial(baselines.dense, softmax_dtype=torch.float32),
@@ -125,6 +125,7 @@ def prepare(setting: Setting, requests: int, folder: Path) -> None:
         max_tokens_per_step=requests * (setting.prompt + setting.new),
         max_requests=requests,
         max_logit_rows=requests * setting.block,
+        dtype=setting.dtype,
     )
     dllmc.compile(checkpoint, folder / "artifact", options)
 
@@ -210,7 +211,7 @@ def summarise(
         "speedup": expected_seconds / seconds,
         "forward_passes": runs[0].forward_passes,
         "memory_bytes": memory,
-        "memory_ratio": memory / expected_memory,
+        "memory_ratio": memory / expected_memory if expected_memory else None,  # a tiny model may grow by nothing
         "same_tokens": (tokens == expected).double().mean().item(),
         "runs": [{k: v for k, v in asdict(run).items() if k != "tokens"} for run in runs],
     }
@@ -226,7 +227,7 @@ def print_records(setting: Setting, records: Sequence[dict[str, Any]], facts: di
             "speedup": f"{r['speedup']:.2f}x",
             "passes": r["forward_passes"],
             "memory MiB": f"{r['memory_bytes'] / 2**20:.1f}",
-            "of dense": f"{r['memory_ratio']:.3f}",
+            "of dense": "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.3f}",
             "same tokens": f"{r['same_tokens']:.1%}",
         }
         for r in records

@@ -44,8 +44,6 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
     for view in (*instruction.reads(), *instruction.outputs):
         _check_bounds(program, view, where)
     read = list(dict.fromkeys(view.base for view in instruction.reads() if view.base in program.buffers))
-    for name in read:
-        arena.check(name, where)
     workspace = () if instruction.workspace is None else (instruction.workspace,)
     written = [*(view.base for view in instruction.outputs), *workspace]
     used = [*read, *written]

@@ -130,17 +130,18 @@ def test_the_order_in_which_buffers_are_listed_does_not_matter(data: st.DataObje
             30,
             True,
         ),
-        # c fits the gap between a and b exactly.
+        # e fits exactly where x and y were, between d and b.
         (
-            [Buffer("a", 0, 4, 9), Buffer("gap", 0, 1, 5), Buffer("b", 0, 4, 4), Buffer("c", 2, 4, 3)],
-            {"a": 0, "gap": 9, "b": 14, "c": 9},
-            18,
-            True,
-        ),
-        (
-            [Buffer("a", 0, 4, 9), Buffer("gap", 0, 1, 5), Buffer("b", 0, 4, 4), Buffer("c", 2, 4, 4)],
-            {"a": 0, "gap": 9, "b": 14, "c": 9},
-            18,
+            [
+                Buffer("x", 0, 1, 3),
+                Buffer("y", 0, 1, 2),
+                Buffer("b", 0, 4, 2),
+                Buffer("c", 2, 4, 2),
+                Buffer("d", 2, 4, 2),
+                Buffer("e", 2, 4, 1),
+            ],
+            {"x": 0, "y": 3, "b": 5, "c": 0, "d": 2, "e": 4},
+            7,
             True,
         ),
         # Alignment leaves a gap, so the bound is not met.

@@ -251,7 +251,9 @@ class Scores(Tiny):
         return self.head(y)
 
 
-@pytest.mark.parametrize("model", [Mean, LargestOfAll, RunningSum, Neighbours, FirstToken, Concatenated, ByModule, Scores])
+@pytest.mark.parametrize(
+    "model", [Mean, LargestOfAll, RunningSum, Neighbours, FirstToken, Concatenated, ByModule, Scores]
+)
 def test_whatever_else_mixes_tokens_is_refused(model: type[Tiny]) -> None:
     """Only attention may mix the tokens of a sequence; the message names the line that does."""
     step = captured(model(memory=torch.randn(1, 1, WIDTH)))
