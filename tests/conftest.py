@@ -47,7 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Write the summary: outcomes, and seconds of each suite."""
-    if (file := config.getoption("--summary")) is None:
+    file = config.getoption("--summary")
+    if file is None or hasattr(config, "workerinput"):  # the process that gathers the workers' reports writes it
         return
     reports = [r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)]
     seconds: Counter[str] = Counter()

@@ -4,6 +4,7 @@ Each takes token ids [1, T] and gives logits [1, T, VOCAB], bare or as `.logits`
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,3 +226,15 @@ class LearnedPositions(Model):
         gate, _ = self.gate_up(x.view(t, WIDTH)).split(2 * WIDTH, dim=-1)
         x += self.down(F.gelu(gate)).view(1, t, WIDTH)
         return self.lm_head(x)
+
+
+class LearnedPositionsAndNorms(LearnedPositions):
+    """As a from-scratch encoder has it: torch's own norms before attention and before the head."""
+
+    def __init__(self) -> None:
+        super().__init__(sliced=True)
+        self.first_norm = nn.LayerNorm(WIDTH)
+        self.lm_head = nn.Sequential(OrderedDict(norm=nn.RMSNorm(WIDTH), head=nn.Linear(WIDTH, VOCAB)))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().heads(self.first_norm(x))

@@ -19,6 +19,7 @@ from tests.published import (
     VOCAB,
     WIDTH,
     LearnedPositions,
+    LearnedPositionsAndNorms,
     LikeDream,
     LikeLLaDA,
     Model,
@@ -64,7 +65,7 @@ def check_decoding(model: nn.Module, out: Path, spec: dllmc.ModelSpec = SPEC) ->
         (lambda: LearnedPositions(sliced=True), False),
         (lambda: LearnedPositions(sliced=False), False),
     ],
-    ids=("LLaDA", "LLaDA, scaled in place", "Dream", "enable_gqa", "learned table, sliced", "learned table, looked up"),
+    ids=("LLaDA", "LLaDA, scaled", "Dream", "enable_gqa", "learned table, sliced", "learned table, looked up"),
 )
 def test_published_styles_decode_as_the_module_does(
     build: Callable[[], nn.Module], shifted: bool, tmp_path: Path
@@ -72,6 +73,11 @@ def test_published_styles_decode_as_the_module_does(
     """Token for token, whatever the spelling of positions, norms, repeated heads, outputs and residuals."""
     spec = dllmc.ModelSpec(VOCAB, 0, (), shifted, MAX_POSITIONS)
     check_decoding(drawn(build()), tmp_path, spec)
+
+
+def test_norms_of_torch_decode_as_the_module_does(tmp_path: Path) -> None:
+    """nn.LayerNorm and nn.RMSNorm are operators of a program, the one before the head on its rows alone."""
+    check_decoding(drawn(LearnedPositionsAndNorms(), seed=2), tmp_path)
 
 
 class OddTensors(Model):

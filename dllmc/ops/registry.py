@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops import attention, decode_head, elementwise, guide_rows
+from dllmc.ops import attention, decode_head, elementwise, guide_rows, norms
 
 Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
 
@@ -27,7 +27,9 @@ class Operator:
 OPERATORS: dict[str, Operator] = {
     "copy": Operator(elementwise.bind_copy),
     "aten.embedding.default": Operator(elementwise.bind_embedding),
+    "aten.layer_norm.default": Operator(norms.bind_layer_norm, norms.workspace_of),
     "aten.linear.default": Operator(elementwise.bind_linear),
+    "aten.rms_norm.default": Operator(norms.bind_rms_norm, norms.workspace_of),
     "dllmc.attention.default": Operator(attention.bind),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
