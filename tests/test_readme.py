@@ -1,6 +1,7 @@
 """The README's examples, run as they stand: every console command and every line of Python, with their output."""
 
 import doctest
+import json
 import os
 import re
 import subprocess
@@ -57,3 +58,15 @@ def test_python(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(test.examples) >= 5
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert runner.run(test).failed == 0
+
+
+def test_figures_are_the_benchmarks() -> None:
+    """The README's table of figures has the rows of benchmarks/results/decode_cpu.json, and no others."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "decode_cpu.json").read_text())["results"]
+    rows = [
+        f"| {r['method']} | {r['requests']} | {r['tokens_per_s']:.1f} | {r['speedup']:.2f}x "
+        f"| {r['memory_bytes'] / 2**20:.0f} MiB | {r['same_tokens']:.0%} |"
+        for r in records
+    ]
+    section = README.split("## First figures")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")][2:] == rows
