@@ -70,7 +70,7 @@ def text_of(passes: Sequence[Pass]) -> str:
 def run(step: StepGraph, passes: Sequence[Pass]) -> tuple[LogEntry, ...]:
     """Run the passes on the step in place and return what each did. Raises `PassError` naming the pass."""
     log, facts = [], set[str]()
-    for index, current in enumerate(passes):
+    for current in passes:
         if missing := [fact for fact in current.requires if fact not in facts]:
             ensuring = [name for name in REGISTRY if set(lookup(name).ensures) & set(missing)]
             raise PassError(
@@ -92,7 +92,7 @@ def run(step: StepGraph, passes: Sequence[Pass]) -> tuple[LogEntry, ...]:
             if (problem := FACTS[fact](step)) is not None:
                 claim = f"ensures {fact!r}, but" if fact in current.ensures else f"broke {fact!r}:"
                 raise PassError(f"pass {current.name!r} {claim} {problem}")
-        log.append(LogEntry(str(passes[index]), result.modified, dict(result.stats), time.perf_counter() - began))
+        log.append(LogEntry(str(current), result.modified, dict(result.stats), time.perf_counter() - began))
     return tuple(log)
 
 
