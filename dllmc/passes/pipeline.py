@@ -52,7 +52,7 @@ def lookup(name: str) -> type[Pass]:
 
 
 def parse(text: str) -> tuple[Pass, ...]:
-    """Passes from text such as `cse,fuse-head{tile=8192}`. Raises `PassError` naming the part that is wrong."""
+    """Passes from text such as `cse,lower` or `name{option=2}`. Raises `PassError` naming the part that is wrong."""
     passes = []
     for part in re.split(r",(?![^{}]*\})", text) if text.strip() else ():
         match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{([^}]*)\})?\s*", part)
