@@ -34,3 +34,7 @@ class ArtifactError(DllmcError):
 
 class RequestError(DllmcError):
     """A prompt or sampling parameters that cannot be served; raised before anything runs, with the numbers."""
+
+
+class TaskError(DllmcError):
+    """A task that cannot be run: unknown, or a file of examples that is malformed; names the file and its line."""

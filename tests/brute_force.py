@@ -75,8 +75,11 @@ def decode(
     suppress_tokens: Collection[int] = (),
     defer_tokens: Collection[int] = (),
     infill: Mapping[int, int] | None = None,
+    reference: Sequence[int] | None = None,
 ) -> Decoded:
     """Decode one prompt densely (`mode="none"`). `infill` maps offsets in the generation region to token ids.
+
+    With a `reference` of `gen_length` tokens, those are committed in place of the choices (teacher forcing).
 
     Raises ValueError where `steps` do not split evenly over the blocks, or come together with a threshold.
     """
@@ -126,8 +129,9 @@ def decode(
             if remasking != "random":  # random confidences are exact, in any precision
                 margin = min(margin, edge)
             for p in committed:
-                ids[p], masked[p] = choice[p], False
-                logprobs[p] = float(np.log(softmax(row[p])[choice[p]]))
+                ids[p], masked[p] = choice[p] if reference is None else reference[p - begin], False
+                probability = softmax(row[p])[ids[p]]
+                logprobs[p] = math.log(probability) if probability > 0 else -math.inf
             forward_passes, i = forward_passes + 1, i + 1
 
         stop = next((p for p in range(start, end) if ids[p] in stops), None)

@@ -134,6 +134,7 @@ def step_inputs(
         "guidance": torch.full((len(twins),), GUIDANCE),
         "row_segment": torch.searchsorted(ends, at, right=True),
         "row_position": positions[at],
+        "row_target": torch.full_like(positions[at], -1),
         "temperature": none.float(),
         "top_k": none,
         "top_p": torch.ones(len(lengths)),

@@ -30,11 +30,12 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, SamplingParams' arguments, and the tokens fixed in the generation region, by offset."""
+    """A prompt, SamplingParams' arguments, the tokens fixed in the generation region, and those forced on it."""
 
     prompt_ids: list[int]
     params: dict[str, Any]
     infill: dict[int, int]
+    reference: list[int] | None
 
 
 def build(tiny: TinyModel) -> nn.Module:
@@ -116,10 +117,13 @@ def dream_configs(draw: st.DrawFn, vocab_size: int) -> DreamConfig:
 
 @st.composite
 def requests(draw: st.DrawFn, spec: ModelSpec) -> Request:
-    """A prompt, parameters that are valid together, and now and then infilled tokens."""
+    """A prompt, parameters that are valid together, and now and then infilled tokens or a reference."""
     params = draw(sampling_params(spec))
     infill = draw(st.one_of(st.just({}), infills(spec, params["gen_length"])))
-    return Request(draw(prompts(spec)), params, infill)
+    length = params["gen_length"]
+    forced = st.lists(st.integers(0, spec.vocab_size - 1), min_size=length, max_size=length)
+    reference = draw(forced) if draw(st.integers(0, 3)) == 0 else None
+    return Request(draw(prompts(spec)), params, infill, reference)
 
 
 def prompts(spec: ModelSpec) -> st.SearchStrategy[list[int]]:

@@ -200,6 +200,15 @@ def test_an_infilled_end_token_ends_decoding_with_its_block() -> None:
     assert (decoded.token_ids, decoded.finish_reason, decoded.forward_passes) == ([3, 3, 3, 8], "stop", 3)
 
 
+def test_a_reference_is_committed_where_and_when_the_choices_would_be() -> None:
+    """Offset 1 is the surer one, so it goes first; what is written, seen next and scored is the reference."""
+    rows = row(t1=0.6, t4=0.4), row(t2=0.9, t5=0.1)
+    decoded, table = run(*rows, reference=[4, 5])
+    assert decoded.token_ids == [4, 5]
+    assert table.seen == [[0, 9, 9], [0, 9, 5]]
+    assert decoded.logprobs == [pytest.approx(math.log(0.4)), pytest.approx(math.log(0.1))]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "tokens", "reason"),
     [

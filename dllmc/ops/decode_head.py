@@ -2,9 +2,10 @@
 
     hidden [R, D] and weight [V, D] of one dtype, bias [V] or None; logits z = scale * (hidden @ weight.T + bias)
     row_segment [R] int64: a row's index in the per-segment tables; row_position [R] int64: in its sequence
+    row_target [R] int64: the token whose logprob is wanted, -1 for the chosen one
     temperature [S] float32 (0: greedy), top_k [S] int64 (0: off, at most 1024), top_p [S] float32 (1 and more: off),
     confidence_rule, seed, step [S] int64, suppressed [S, K] int64 padded with -1
-    -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the chosen token)
+    -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the target or the chosen token)
 
 Rules: semantics.md, "Commit". Statistics and the logits of a tile are float32, whatever the dtype of `hidden`.
 """
@@ -30,7 +31,7 @@ NARROWEST_TILE = 1024
 
 library.define(
     "decode_head(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor row_segment, Tensor row_position,"
-    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor confidence_rule, Tensor seed, Tensor step,"
+    " Tensor row_target, Tensor temperature, Tensor top_k, Tensor top_p, Tensor confidence_rule, Tensor seed, Tensor step,"
     " Tensor suppressed) -> (Tensor token, Tensor confidence, Tensor logprob)"
 )
 
@@ -80,6 +81,7 @@ def reference(
     scale: float,
     row_segment: Tensor,
     row_position: Tensor,
+    row_target: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
@@ -113,7 +115,8 @@ def reference(
                 confidence[row] = -torch.special.entr(p).sum()
             case ConfidenceRule.RANDOM:
                 confidence[row] = noise.uniform(seed[s], row_position.new_zeros(()), *key[2:], noise.CONFIDENCE_STREAM)
-    return token, confidence, z.log_softmax(1).gather(1, token[:, None])[:, 0]
+    wanted = torch.where(row_target >= 0, row_target, token)
+    return token, confidence, z.log_softmax(1).gather(1, wanted[:, None])[:, 0]
 
 
 def _kept(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -136,6 +139,7 @@ def decode_head_out(
     scale: float,
     row_segment: Tensor,
     row_position: Tensor,
+    row_target: Tensor,
     *tables: Tensor,
     token: Tensor,
     confidence: Tensor,
@@ -162,7 +166,7 @@ def decode_head_out(
     floats = workspace[:needed].view(torch.float32)
     for start in range(0, hidden.shape[0], tiling.rows):
         part = slice(start, start + tiling.rows)
-        rows = HeadRows.of(row_segment[part], row_position[part], *tables)
+        rows = HeadRows.of(row_segment[part], row_position[part], row_target[part], *tables)
         token[part], confidence[part], logprob[part] = decode_tiles(
             hidden[part], weight, bias, scale, rows, tiling, floats
         )

@@ -34,6 +34,7 @@ class Partials(NamedTuple):
     sum_exp_times: Tensor  # [by_entropy] sum of (z - maximum) * exp(z - maximum)
     scaled_sum: Tensor  # [filtered] sum of exp((z - maximum) / t)
     keys: Tensor  # [filtered, <= candidates] int64, in any order
+    target_logit: Tensor  # [targeted] the target's z, -inf where the part has it not
 
 
 def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
@@ -47,6 +48,7 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
         column = rows.suppressed_token - vocab_start
         here = (column >= 0) & (column < width)
         tile[rows.suppressed_row[here], column[here]] = -torch.inf
+    target_logit = _target_logit(tile, vocab_start, rows)
 
     maximum, column = _first_maximum(tile)
     runner_up = tile[rows.by_margin].scatter_(1, column[rows.by_margin, None], -torch.inf).amax(1)
@@ -64,7 +66,8 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
     exponents = tile[rows.by_entropy].clamp_min_(_LOWEST_EXPONENT)
     sum_exp = tile.exp_().sum(1)
     sum_exp_times = exponents.mul_(tile[rows.by_entropy]).sum(1)
-    return Partials(maximum, sum_exp, score, column + vocab_start, logit, runner_up, sum_exp_times, scaled_sum, keys)
+    token = column + vocab_start
+    return Partials(maximum, sum_exp, score, token, logit, runner_up, sum_exp_times, scaled_sum, keys, target_logit)
 
 
 def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
@@ -93,6 +96,7 @@ def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
         sum_exp_times=sum_exp_times,
         scaled_sum=scaled_sum,
         keys=_best(torch.cat((a.keys, b.keys), dim=1), rows.candidates),
+        target_logit=torch.maximum(a.target_logit, b.target_logit),
     )
 
 
@@ -114,7 +118,14 @@ def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
         position, seed, step = (x[rows.by_random] for x in (rows.position, rows.seed, rows.step))
         random = noise.uniform(seed, torch.zeros_like(position), position, step, noise.CONFIDENCE_STREAM)
         confidence[rows.by_random] = random
-    return token, confidence, logit - maximum - log_sum
+    return token, confidence, logit.index_copy(0, rows.targeted, partials.target_logit) - maximum - log_sum
+
+
+def _target_logit(tile: Tensor, vocab_start: int, rows: HeadRows) -> Tensor:
+    """[targeted]: the targets' logits, -inf where a target is in another tile."""
+    column = rows.target - vocab_start
+    here = (column >= 0) & (column < tile.shape[1])
+    return tile[rows.targeted, column.clamp(0, tile.shape[1] - 1)].masked_fill(~here, -torch.inf)
 
 
 def _draw(tile: Tensor, vocab_start: int, rows: HeadRows) -> tuple[Tensor, Tensor]:

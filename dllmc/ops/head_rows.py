@@ -42,6 +42,8 @@ class HeadRows:
     by_margin: Tensor
     by_entropy: Tensor
     by_random: Tensor
+    targeted: Tensor
+    target: Tensor  # [targeted] int64: the token whose logprob is wanted
     suppressed_row: Tensor  # [pairs] int64: token suppressed_token[i] is suppressed in row suppressed_row[i]
     suppressed_token: Tensor
 
@@ -50,6 +52,7 @@ class HeadRows:
         cls,
         row_segment: Tensor,
         row_position: Tensor,
+        row_target: Tensor,
         temperature: Tensor,
         top_k: Tensor,
         top_p: Tensor,
@@ -65,7 +68,7 @@ class HeadRows:
             raise RequestError(f"decode_head: confidence_rule holds {sorted(unknown)}; expected one of {known}")
         temperature, top_k, top_p = temperature[row_segment], top_k[row_segment], top_p[row_segment]
         samples, filters = temperature > 0, (top_k > 0) | (top_p < 1)
-        filtered = _indices(samples & filters)
+        filtered, targeted = _indices(samples & filters), _indices(row_target >= 0)
         limit = torch.where(top_k > 0, top_k.clamp_max(CANDIDATES), CANDIDATES)[filtered]
         of_row = suppressed[row_segment]
         suppressed_row, column = (of_row >= 0).nonzero(as_tuple=True)
@@ -82,6 +85,8 @@ class HeadRows:
             by_margin=_indices(rule == ConfidenceRule.TOPK_MARGIN),
             by_entropy=_indices(rule == ConfidenceRule.ENTROPY),
             by_random=_indices(rule == ConfidenceRule.RANDOM),
+            targeted=targeted,
+            target=row_target[targeted],
             suppressed_row=suppressed_row,
             suppressed_token=of_row[suppressed_row, column],
         )

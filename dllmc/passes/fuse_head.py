@@ -43,6 +43,7 @@ class FuseHead(Pass):
             for name, shape, dtype in (
                 ("row_segment", (rows,), torch.int64),
                 ("row_position", (rows,), torch.int64),
+                ("row_target", (rows,), torch.int64),
                 ("temperature", (segments,), torch.float32),
                 ("top_k", (segments,), torch.int64),
                 ("top_p", (segments,), torch.float32),

@@ -81,6 +81,7 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
         "guidance": scales[segment][twins],
         "row_segment": np.concatenate((segment, padding)),
         "row_position": np.concatenate((position, padding)),
+        "row_target": np.concatenate((*(r.targets() for r in requests), padding - 1)),
         **_tables([*requests, *guided]),
     }
     sizes = {"tokens": int(ends[-1]), "rows": padded, "guided": int(twins.size), "segments": len(sequences)}

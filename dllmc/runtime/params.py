@@ -172,11 +172,17 @@ class Prompt:
     infill: Mapping[int, int] = field(default_factory=dict)
     """Offset in the generation region, in [0, gen_length) -> token id."""
 
+    reference: Sequence[int] | None = None
+    """Teacher forcing: a completion of `gen_length` token ids. Where and when the model's choices would be committed,
+    these are instead, and `logprobs` are theirs: how well the model predicts a known text in the order it decodes."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.content, Sequence) or isinstance(self.content, bytes | bytearray):
             raise RequestError(f"Prompt.content is {self.content!r}; expected text or a list of integer token ids")
         if not isinstance(self.infill, Mapping):
             raise RequestError(f"Prompt.infill is {self.infill!r}; expected a mapping of offset to token id")
+        if self.reference is not None and (not isinstance(self.reference, Sequence) or isinstance(self.reference, str)):
+            raise RequestError(f"Prompt.reference is {self.reference!r}; expected a list of integer token ids, or None")
 
 
 def require_servable(params: SamplingParams, vocab_size: int) -> None:

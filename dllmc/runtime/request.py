@@ -53,11 +53,13 @@ class Request:
         params: SamplingParams,
         spec: ModelSpec,
         infill: Mapping[int, int] = MappingProxyType({}),
+        reference: Sequence[int] | None = None,
     ) -> None:
         """Raise `RequestError`, with the numbers, for a prompt, infill or params that the model cannot serve."""
         _require_fits(len(prompt_ids), params.gen_length, spec.max_positions)
         require_token_ids("prompt", enumerate(prompt_ids), spec.vocab_size)
         _require_infill(infill, params.gen_length, spec.vocab_size)
+        _require_reference(reference, params.gen_length, spec.vocab_size)
         require_servable(params, spec.vocab_size)
         self.params = params
         self.prompt_length = len(prompt_ids)
@@ -73,6 +75,7 @@ class Request:
         self.masked[fixed] = False
 
         self._mask_id = spec.mask_id
+        self._reference = None if reference is None else np.array([*prompt_ids, *reference], np.int64)
         self._stop_ids = np.array([*params.stop_token_ids, *(() if params.ignore_eos else spec.end_ids)], np.int64)
         self._logprobs = np.zeros(self.token_ids.size)
         self._enter_block(self.prompt_length)
@@ -88,9 +91,19 @@ class Request:
         """Confidence from which this request commits; +inf where `commit_count` alone decides."""
         return np.inf if self.params.threshold is None else self.params.threshold
 
+    @property
+    def logprobs(self) -> npt.NDArray[np.float64] | None:
+        """[P + G], natural log: of each token that was committed, 0.0 elsewhere; None unless the params ask for it."""
+        return self._logprobs if self.params.logprobs else None
+
     def candidates(self) -> npt.NDArray[np.int64]:
         """Masked positions of the current block, ascending: [rows]. Empty once finished."""
         return self.start + np.flatnonzero(self.masked[self.start : self.end])
+
+    def targets(self) -> npt.NDArray[np.int64]:
+        """The reference's tokens at the candidates, -1 without a reference: [rows]."""
+        candidates = self.candidates()
+        return np.full_like(candidates, -1) if self._reference is None else self._reference[candidates]
 
     def commit_count(self) -> int:
         """How many candidates this step commits, maybe 0; with a threshold, the least it commits: 1."""
@@ -107,7 +120,7 @@ class Request:
         token_ids: npt.NDArray[np.int64],
         logprobs: npt.NDArray[np.floating] | None = None,
     ) -> None:
-        """End a step: write tokens at some candidates, maybe none, and go on to where the next step works.
+        """End a step: write tokens (the reference's, if there is one) at some candidates, maybe none, and go on.
 
         positions, token_ids: [commits]. logprobs: [commits], natural log; needed only where the params ask for them.
         Raises `ValueError` for a position that is no candidate, since a committed token is not touched again.
@@ -118,7 +131,7 @@ class Request:
             if logprobs is None:
                 raise ValueError("commit without logprobs, which the request's params ask for")
             self._logprobs[positions] = logprobs
-        self.token_ids[positions] = token_ids
+        self.token_ids[positions] = token_ids if self._reference is None else self._reference[positions]
         self.masked[positions] = False
         self.step += 1
         self.step_in_block += 1
@@ -201,3 +214,11 @@ def _require_infill(infill: Mapping[int, int], gen_length: int, vocab_size: int)
                 f"infill offset {offset!r}; expected an integer in [0, {gen_length}), gen_length being {gen_length}"
             )
     require_token_ids("infill", infill.items(), vocab_size)
+
+
+def _require_reference(reference: Sequence[int] | None, gen_length: int, vocab_size: int) -> None:
+    if reference is None:
+        return
+    if len(reference) != gen_length:
+        raise RequestError(f"the reference has {len(reference)} tokens; expected gen_length = {gen_length} of them")
+    require_token_ids("reference", enumerate(reference), vocab_size)

@@ -28,21 +28,25 @@ def check(max_examples: int) -> Counter[str]:
             artifact = dllmc.compile(model, f"{folder}/artifact", options, tiny.spec)
             engine = dllmc.load(artifact.path)
         results = engine.generate(
-            [dllmc.Prompt(r.prompt_ids, r.infill) for r in drawn], [dllmc.SamplingParams(**r.params) for r in drawn]
+            [dllmc.Prompt(r.prompt_ids, r.infill, r.reference) for r in drawn],
+            [dllmc.SamplingParams(**r.params, logprobs=True) for r in drawn],
         )
         for request, result in zip(drawn, results, strict=True):
-            expected = decode(model, tiny.spec, request.prompt_ids, **request.params, infill=request.infill)
+            fixed = {"infill": request.infill, "reference": request.reference}
+            expected = decode(model, tiny.spec, request.prompt_ids, **request.params, **fixed)
             seen.update(["all", "decisive" if expected.decisive else "undecided"])
             if expected.decisive:
                 found = (result.token_ids, result.finish_reason, result.forward_passes)
                 assert found == (expected.token_ids, expected.finish_reason, expected.forward_passes), request
+                logprobs = [0.0 if p is None else p for p in expected.logprobs]
+                assert result.logprobs == pytest.approx(logprobs, abs=1e-4), request
 
     compare()
     return seen
 
 
 def test_compiled_equals_eager_on_a_sample() -> None:
-    """Greedy, sampled, filtered, guided, infilled, suppressed and deferred requests, in shared steps."""
+    """Greedy, sampled, filtered, guided, infilled, forced, suppressed and deferred requests, in shared steps."""
     seen = check(max_examples=8)
     assert seen["undecided"] <= 0.1 * seen["all"]
 

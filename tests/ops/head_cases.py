@@ -68,10 +68,11 @@ class Case:
     segments: list[Segment]
     row_segment: Tensor
     row_position: Tensor
+    row_target: Tensor  # -1: none
 
     @property
     def args(self) -> tuple[object, ...]:
-        rows = self.row_segment, self.row_position
+        rows = self.row_segment, self.row_position, self.row_target
         return self.hidden, self.weight, self.bias, self.scale, *rows, *tables(self.segments)
 
     def to(self, dtype: torch.dtype) -> "Case":
@@ -84,6 +85,7 @@ class Case:
             hidden=self.hidden[rows],
             row_segment=self.row_segment[rows],
             row_position=self.row_position[rows],
+            row_target=self.row_target[rows],
         )
 
     def reference(self, dtype: torch.dtype) -> Results:
@@ -99,20 +101,21 @@ class Case:
         return decode_head.decode_tiles(*head, self.rows(), tiling, torch.empty(tiling.elements(0)))
 
     def rows(self) -> HeadRows:
-        return HeadRows.of(self.row_segment, self.row_position, *tables(self.segments))
+        return HeadRows.of(self.row_segment, self.row_position, self.row_target, *tables(self.segments))
 
     def brute_force(self) -> list[tuple[int, float, float, float]]:
         """Token, confidence, logprob and margin of each row, from `tests.brute_force` in float64."""
         case = self.to(torch.float64)
         z = case.hidden @ case.weight.T
         z = case.scale * (z if case.bias is None else z + case.bias)
+        rows = (x.tolist() for x in (self.row_segment, self.row_position, self.row_target))
         return [
-            brute_force_row(self.segments[segment], position, row)
-            for segment, position, row in zip(self.row_segment.tolist(), self.row_position.tolist(), z, strict=True)
+            brute_force_row(self.segments[segment], position, target, row)
+            for segment, position, target, row in zip(*rows, z, strict=True)
         ]
 
 
-def brute_force_row(segment: Segment, position: int, logits: Tensor) -> tuple[int, float, float, float]:
+def brute_force_row(segment: Segment, position: int, target: int, logits: Tensor) -> tuple[int, float, float, float]:
     """One row: token, confidence, logprob, and how little would change the token."""
     z = logits.numpy().copy()
     z[[v for v in segment.suppressed if v < len(z)]] = -torch.inf
@@ -124,7 +127,8 @@ def brute_force_row(segment: Segment, position: int, logits: Tensor) -> tuple[in
         confidence = brute_force.uniform(seed, 0, position, segment.step, brute_force.CONFIDENCE_STREAM)
     else:
         confidence = brute_force.confidence_of(segment.rule.name.lower(), z, token)
-    return token, confidence, float(logits.new_tensor(z).log_softmax(0)[token]), margin
+    wanted = token if target < 0 else target
+    return token, confidence, float(logits.new_tensor(z).log_softmax(0)[wanted]), margin
 
 
 def exact(
@@ -160,4 +164,6 @@ def _fitting(segments: list[Segment], vocab: int) -> list[Segment]:
 
 def _case(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, segments: list[Segment]) -> Case:
     index = torch.arange(len(hidden))
-    return Case(hidden, weight, bias, scale, segments, index % len(segments), 3 * index + 1)
+    vocab = len(weight)
+    target = torch.where(index % 3 == 1, (7 * index + vocab // 2) % vocab, -1)
+    return Case(hidden, weight, bias, scale, segments, index % len(segments), 3 * index + 1, target)

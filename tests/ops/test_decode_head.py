@@ -266,7 +266,7 @@ def test_exports_with_a_symbolic_number_of_rows():
     """The exported graph keeps the one call, and runs with another number of rows."""
     case = exact(6, 50, 4, bias=True, scale=1.0)
     rows = torch.export.Dim("rows")
-    dynamic = ({0: rows}, None, None, None, {0: rows}, {0: rows}, *[None] * 7)
+    dynamic = ({0: rows}, None, None, None, {0: rows}, {0: rows}, {0: rows}, *[None] * 7)
     program = torch.export.export(Head(), case.args, dynamic_shapes=(dynamic,), strict=False)
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert calls.count(torch.ops.dllmc.decode_head.default) == 1
@@ -281,7 +281,7 @@ import sys, torch
 from dllmc.ops import decode_head
 one = torch.zeros(1, dtype=torch.int64)
 torch.ops.dllmc.decode_head(
-    torch.ones(1, 4), torch.eye(4), None, 1.0, one, one, torch.ones(1), one, torch.ones(1), one, one, one, one[None]
+    torch.ones(1, 4), torch.eye(4), None, 1.0, one, one, one, torch.ones(1), one, torch.ones(1), one, one, one, one[None]
 )
 loaded = sorted({"torch._inductor", "torch._dynamo"} & sys.modules.keys())
 assert not loaded, loaded

@@ -84,11 +84,12 @@ def test_huge_and_suppressed_parts_do_not_overflow():
     logits = torch.full((len(GREEDY), VOCAB), -1e4)
     logits[:, 7] = 1e4
     case = from_logits(logits, [replace(s, suppressed=tuple(range(20, VOCAB))) for s in GREEDY])
+    case = replace(case, row_target=torch.tensor([-1, 7, 3, 20, -1]))
     rows = case.rows()
     suppressed, ordinary, best = parts_of(case, [(20, 40), (10, 20), (0, 10)])
     token, confidence, logprob = finish(merge(merge(suppressed, ordinary, rows), best, rows), rows)
     assert token.tolist() == [7] * len(GREEDY)
-    assert logprob.tolist() == [0.0] * len(GREEDY)
+    assert logprob.tolist() == [0.0, 0.0, -2e4, -torch.inf, 0.0]  # of token 7 where no other is asked for
     assert confidence.tolist()[:3] == [1.0, 1.0, 0.0]  # low_confidence, topk_margin, entropy
 
 

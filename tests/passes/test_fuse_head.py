@@ -57,7 +57,7 @@ def test_what_the_graph_becomes() -> None:
     """Hidden rows without the batch axis, guided, then decoded with what the head reads of each request."""
     step = step_of(lambda m, x: x.exp())
     run(step, PASSES)
-    tables = "row_segment, row_position, temperature, top_k, top_p, confidence_rule, seed, step, suppressed"
+    tables = "row_segment, row_position, row_target, temperature, top_k, top_p, confidence_rule, seed, step, suppressed"
     assert text(step) == lines(
         f"""
         0 = index_select(token_ids, 0, rows)

@@ -355,6 +355,32 @@ def test_bad_prompts_are_refused_with_the_numbers(prompt: Any, gen_length: int, 
         Request(prompt, SamplingParams(gen_length=gen_length), SPEC, infill)
 
 
+def test_a_reference_is_what_is_committed_and_what_the_head_is_asked_for() -> None:
+    """Wherever the policy commits, and whatever was chosen there; infilled tokens stay as they are."""
+    params = SamplingParams(gen_length=4, block_length=2, logprobs=True, ignore_eos=True)
+    request = Request([5, 6], params, SPEC, {0: 20}, reference=[10, 11, END, 13])
+    assert request.targets().tolist() == [11]
+    request.commit(np.array([3]), np.array([7]), np.array([-0.5]))
+    assert request.targets().tolist() == [END, 13]
+    request.commit(np.array([5]), np.array([7]), np.array([-1.5]))
+    request.commit(np.array([4]), np.array([7]), np.array([-2.5]))
+    assert request.result().token_ids == [20, 11, END, 13]
+    assert request.result().logprobs == [0.0, -0.5, -2.5, -1.5]
+    assert Request([5], params, SPEC).targets().tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ([1, 2, 3], "the reference has 3 tokens; expected gen_length = 4 of them"),
+        ([1, 2, 3, 100], r"reference\[3\] is 100; expected a token id in \[0, 100\)"),
+    ],
+)
+def test_bad_references_are_refused_with_the_numbers(reference: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Request([5], SamplingParams(gen_length=4), SPEC, reference=reference)
+
+
 def test_params_are_checked_against_the_model() -> None:
     with pytest.raises(RequestError, match=r"SamplingParams.defer_tokens\[0\] is 100; .* \[0, 100\)"):
         Request([5], SamplingParams(gen_length=4, defer_tokens=[100]), SPEC)
