@@ -3,34 +3,29 @@
 make demo
 """
 
-import sys
+import secrets
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 import dllmc
 from dllmc.cli import print_memory
+from dllmc.tasks.sudoku import TASK
 
-HERE = Path(__file__).parent / "tiny-llada"
-sys.path.insert(0, str(HERE))
-from sudoku import COMPLETION_LENGTH, is_solved, prompt_of, puzzles  # noqa: E402
-
+CHECKPOINT = Path(__file__).parent / "tiny-llada"
 PUZZLES = 4
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        artifact = dllmc.compile(HERE, f"{folder}/tiny-llada")
+        artifact = dllmc.compile(CHECKPOINT, f"{folder}/tiny-llada")
         engine = dllmc.load(artifact.path)
-        fresh = puzzles(np.random.default_rng(), held_out=True)
-        prompts = [prompt_of(next(fresh)[0]) for _ in range(PUZZLES)]
-        params = dllmc.SamplingParams(gen_length=COMPLETION_LENGTH, block_length=COMPLETION_LENGTH)
-        results = engine.generate(prompts, params)
-        for prompt, result in zip(prompts, results, strict=True):
-            rows = zip(prompt.split("\n")[1:5], result.text.split("\n"), strict=False)
+        puzzles = TASK.examples(PUZZLES, secrets.randbits(32))
+        params = dllmc.SamplingParams(gen_length=TASK.gen_length, block_length=TASK.gen_length)
+        results = engine.generate([puzzle.input for puzzle in puzzles], params)
+        for puzzle, result in zip(puzzles, results, strict=True):
+            rows = zip(puzzle.input.split("\n")[1:5], result.text.split("\n"), strict=False)
             print("\n".join(f"  {given.replace('0', '.')}   ->   {solved}" for given, solved in rows))
-            print(f"  {'solved' if is_solved(prompt, result.text) else 'not solved'}\n")
+            print(f"  {'solved' if TASK.is_right(puzzle, result.text) else 'not solved'}\n")
         print_memory(artifact)
 
 

@@ -1,169 +1,123 @@
-"""Train the bundled checkpoint: a 4-layer LLaDA over characters that solves 4x4 Sudoku.
+"""Train a bundled checkpoint: a small LLaDA, as LLaDA is trained (arXiv 2502.09992), on the CPU.
 
-    python examples/tiny-llada/train.py            # under an hour on one core; continues where it stopped
+    python examples/train.py tiny-llada         # continues where it stopped
+    python examples/train.py tiny-llada-code
 
-As LLaDA is fine-tuned: the prompt stays, a uniformly drawn share of the completion is masked, and the loss
-is the cross entropy of the masked tokens. Completions are padded with the end token to several lengths.
-Batches are a function of (seed, step), so a restarted run is the same run.
+A share of the tokens, drawn uniformly, is masked, and the loss is the cross entropy of the masked ones. Batches are
+a function of (seed, step), so a restarted run is the same run. Weights, config, tokenizer and the figures on held-out
+data (training.json) go into the checkpoint's folder.
 """
 
+import importlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 import torch.nn.functional as F
+from recipes.base import Recipe
+from recipes.muon import Muon
 from safetensors.torch import save_file
-from sudoku import GRIDS, is_solved, prompt_of, puzzles, text_of
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 
 from dllmc.models.llada import LLaDAConfig, LLaDAModel
 
 HERE = Path(__file__).parent
-SPECIAL = ["<|endoftext|>", "<|mdm_mask|>", "<|unknown|>"]
-END, MASK = 0, 1
-VOCABULARY = SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)]
-ID_OF = {token: i for i, token in enumerate(VOCABULARY)}
-CONFIG = {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
-    "d_model": 192,
-    "n_heads": 6,
-    "n_kv_heads": 6,
-    "n_layers": 4,
-    "mlp_hidden_size": 512,
-    "activation_type": "silu",
-    "block_type": "llama",
-    "rope": True,
-    "rope_theta": 10000.0,
-    "layer_norm_type": "rms",
-    "rms_norm_eps": 1e-5,
-    "weight_tying": False,
-    "include_bias": False,
-    "max_sequence_length": 512,
-    "vocab_size": len(VOCABULARY),
-    "embedding_size": len(VOCABULARY),
-    "mask_token_id": MASK,
-    "eos_token_id": END,
-    "pad_token_id": END,
-    "torch_dtype": "float32",
-}
-LENGTHS, LENGTH_SHARES = (20, 32, 64, 128), (0.6, 0.3, 0.07, 0.03)
+RECIPES = {"tiny-llada": "recipes.characters", "tiny-llada-code": "recipes.code"}
+WARM_UP, LAST_RATE = 100, 0.02
 
 
-def encode(text: str) -> list[int]:
-    """Token ids of a text, one a character."""
-    return [ID_OF[c] for c in text]
+def rate_at(step: int, steps: int) -> float:
+    """Share of the peak rate: a linear warm-up, then a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def batch_at(seed: int, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked inputs and targets [size, T] int64; targets are -100 where nothing is to be predicted."""
-    rng = np.random.default_rng((seed, step))
-    length = rng.choice(LENGTHS, p=LENGTH_SHARES)
-    pairs = puzzles(rng, held_out=False)
-    prompts, completions = [], []
-    for puzzle, grid in (next(pairs) for _ in range(size)):
-        completion = encode(text_of(grid))
-        prompts.append(encode(prompt_of(puzzle)))
-        completions.append(completion + [END] * (length - len(completion)))
-    clean = np.asarray(completions)
-    masked = rng.random(clean.shape) < rng.random((size, 1))
-    masked[np.arange(size), rng.integers(length, size=size)] = True
-    prompt = np.asarray(prompts)
-    inputs = np.concatenate((prompt, np.where(masked, MASK, clean)), axis=1)
-    targets = np.concatenate((np.full_like(prompt, -100), np.where(masked, clean, -100)), axis=1)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+def new_model(config: dict[str, object]) -> LLaDAModel:
+    """Normal weights of deviation 0.02, smaller where a block adds to the residual stream."""
+    model = LLaDAModel(LLaDAConfig.from_dict(config))
+    adding = 0.02 / math.sqrt(2 * model.config.n_layers)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=adding if name.endswith(("attn_out.weight", "blocks.ff_out.weight")) else 0.02)
+    return model
 
 
-@torch.inference_mode()
-def solved_share(model: LLaDAModel, count: int, seed: int) -> float:
-    """Share of held-out puzzles solved by dense greedy decoding, one token a step, in one batch."""
-    pairs = puzzles(np.random.default_rng(seed), held_out=True)
-    prompts = [prompt_of(next(pairs)[0]) for _ in range(count)]
-    start, length = len(encode(prompts[0])), LENGTHS[0]
-    x = torch.tensor([encode(p) + [MASK] * length for p in prompts])
-    masked = torch.zeros_like(x, dtype=torch.bool)
-    masked[:, start:] = True
-    for _ in range(length):
-        confidence, token = torch.softmax(model(x), dim=-1).max(dim=-1)
-        best = torch.where(masked, confidence, -1.0).argmax(dim=1, keepdim=True)
-        x.scatter_(1, best, token.gather(1, best))
-        masked.scatter_(1, best, False)
-    texts = ["".join(VOCABULARY[i] for i in row if i != END) for row in x[:, start:].tolist()]
-    return sum(map(is_solved, prompts, texts)) / count
+def optimizers_of(model: LLaDAModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and norms."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.dim() == 2 and ".blocks." in name]
+    others = [p for name, p in named if p.dim() != 2 or ".blocks." not in name]
+    return [Muon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def write_checkpoint(model: LLaDAModel, figures: dict[str, object]) -> None:
-    """Write config, weights, tokenizer and the training figures beside this script."""
-    tokenizer = Tokenizer(models.WordLevel(ID_OF, unk_token=SPECIAL[2]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(HERE / "tokenizer.json"))
-    tokens = {"eos_token": SPECIAL[END], "mask_token": SPECIAL[MASK], "unk_token": SPECIAL[2]}
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "clean_up_tokenization_spaces": False}
+def write_checkpoint(folder: Path, model: LLaDAModel, recipe: Recipe, figures: dict[str, object]) -> None:
+    """Write config, tokenizer, weights in the config's dtype, and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in (
-        ("config.json", CONFIG),
-        ("tokenizer_config.json", tokenizer_config),
+        ("config.json", recipe.config),
+        ("tokenizer_config.json", recipe.tokenizer_config),
         ("training.json", figures),
     ):
-        (HERE / name).write_text(json.dumps(content, indent=2) + "\n")
-    weights = HERE / "model.safetensors"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, {"format": "pt"})
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    dtype = getattr(torch, str(recipe.config["torch_dtype"]))
+    weights = folder / "model.safetensors"
+    save_file({k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}, weights, {"format": "pt"})
     weights.chmod(0o644)
 
 
 @click.command(help=__doc__)
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--batch", default=128, show_default=True)
-@click.option("--rate", default=1.5e-3, show_default=True, help="Peak learning rate.")
+@click.argument("name", type=click.Choice(list(RECIPES)))
+@click.option("--steps", type=int, help="Default: the recipe's.")
+@click.option("--rate", default=4e-3, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--state", type=Path, default=Path("build/tiny-llada.pt"), show_default=True, help="To continue from.")
-def main(steps: int, batch: int, rate: float, seed: int, state: Path) -> None:
+@click.option("--state", type=Path, help="What to continue from.  [default: build/NAME.pt]")
+@click.option("--compile/--eager", "compiled", default=True, help="Compile the step; needs a C++ compiler.")
+def main(name: str, steps: int | None, rate: float, seed: int, state: Path | None, compiled: bool) -> None:
     torch.manual_seed(seed)
-    model = LLaDAModel(LLaDAConfig.from_dict(CONFIG))
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.02 / (math.sqrt(2 * CONFIG["n_layers"]) if "_out" in name else 1))
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    recipe: Recipe = importlib.import_module(RECIPES[name]).recipe()
+    steps, state = steps or recipe.steps, state or Path("build") / f"{name}.pt"
+    model = new_model(recipe.config)
+    optimizers = optimizers_of(model, rate)
     first, seconds = 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         first, seconds = saved["step"], saved["seconds"]
         click.echo(f"continuing at step {first}")
 
+    logits_of = torch.compile(model, dynamic=True) if compiled else model
     for step in range(first, steps):
         began = time.perf_counter()
-        warm, done = min(1.0, (step + 1) / 200), step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        inputs, targets = batch_at(seed, step, batch)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        losses = []
+        for batch in recipe.batches_at(seed, step, steps):
+            logits = logits_of(batch.inputs)[batch.masked]
+            losses.append((F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum())
+            losses[-1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_at(step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - began
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % recipe.report_every == 0 or step + 1 == steps:
             state.parent.mkdir(parents=True, exist_ok=True)
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**saved, "step": step + 1, "seconds": seconds}, state)
-            share = solved_share(model, 200, 1)
-            click.echo(f"step {step + 1}  loss {loss.item():.4f}  solved {share:.3f}  {seconds:.0f} s")
+            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save({**content, "step": step + 1, "seconds": seconds}, state)
+            shown = {"step": step + 1, "loss": [round(x.item(), 4) for x in losses], **recipe.figures(model, False)}
+            click.echo(json.dumps({**shown, "seconds": round(seconds)}))
+            sys.stdout.flush()
 
-    share = solved_share(model, 2000, 2)
-    figures = {"steps": steps, "batch": batch, "seed": seed, "seconds": round(seconds)}
-    figures |= {"parameters": sum(p.numel() for p in model.parameters()), "solved_held_out": share, "puzzles": 2000}
-    write_checkpoint(model, figures)
-    click.echo(f"solved {share:.4f} of 2000 held-out puzzles; {len(GRIDS)} grids; checkpoint in {HERE}")
+    run = {"steps": steps, "seed": seed, "rate": rate, "seconds": round(seconds), "threads": torch.get_num_threads()}
+    figures = {**run, "parameters": sum(p.numel() for p in model.parameters()), **recipe.figures(model, True)}
+    write_checkpoint(HERE / name, model, recipe, figures)
+    click.echo(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
