@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dllmc.runtime.engine import Engine, load
     from dllmc.runtime.params import CachePolicy, Prompt, SamplingParams
     from dllmc.runtime.request import GenerationResult
+    from dllmc.runtime.snapshot import Snapshot
     from dllmc.spec import ModelSpec
 
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "ModelSpec": "dllmc.spec",
     "Prompt": "dllmc.runtime.params",
     "SamplingParams": "dllmc.runtime.params",
+    "Snapshot": "dllmc.runtime.snapshot",
     "compile": "dllmc.compiler",
     "load": "dllmc.runtime.engine",
     "load_model": "dllmc.models.checkpoint",
@@ -39,6 +41,7 @@ __all__ = [
     "ModelSpec",
     "Prompt",
     "SamplingParams",
+    "Snapshot",
     "compile",
     "load",
     "load_model",

@@ -1,7 +1,9 @@
 """The whole compiler: open the model, capture a step, run the passes, write the artifact."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -55,18 +57,25 @@ def compile(
     out: str | Path,
     options: CompileOptions | None = None,
     spec: ModelSpec | None = None,
+    on_stage: Callable[[str, int, int], object] | None = None,
 ) -> Artifact:
     """Compile a checkpoint folder, a hub id or a module into an artifact directory at `out`.
 
     `spec` is needed for a bare module, which maps token ids [1, T] to logits [1, T, V]; a checkpoint brings its own.
+    `on_stage(name, done, stages)` is called before each stage: opening the model, capturing, every pass, writing.
     Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError` or `ArtifactError`.
     """
     options = options or CompileOptions()
+    passes = pipeline.parse(options.passes)
+    begins = _counting(on_stage, len(passes) + 3)
+    begins("load the model")
     model, spec, tokenizer_files = _open(source, spec, options)
+    begins("capture a step")
     step = capture(model, spec, options.maxima)
-    log = pipeline.run(step, pipeline.parse(options.passes))
+    log = pipeline.run(step, passes, on_pass=begins)
     if step.program is None or step.program.arena_bytes is None:
         raise ConfigError(f"passes {options.passes!r} make no planned program; end them with lower,plan-memory")
+    begins("write the artifact")
     return artifact.write(
         Path(out),
         spec=spec,
@@ -77,6 +86,17 @@ def compile(
         passes=[{"pass": entry.text, "modified": entry.modified, **entry.stats} for entry in log],
         versions={"dllmc": version("dllmc"), "torch": torch.__version__},
     )
+
+
+def _counting(on_stage: Callable[[str, int, int], object] | None, stages: int) -> Callable[[object], None]:
+    """What to call with each stage as it begins; it knows how many there have been."""
+    done = count()
+
+    def begins(stage: object) -> None:
+        if on_stage is not None:
+            on_stage(str(stage), next(done), stages)
+
+    return begins
 
 
 def _open(

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import dllmc
-from dllmc.cli import print_memory
+from dllmc.cli.report import memory_lines
 from dllmc.tasks.sudoku import TASK
 
 CHECKPOINT = Path(__file__).parent / "tiny-llada"
@@ -26,7 +26,7 @@ def main() -> None:
             rows = zip(puzzle.input.split("\n")[1:5], result.text.split("\n"), strict=False)
             print("\n".join(f"  {given.replace('0', '.')}   ->   {solved}" for given, solved in rows))
             print(f"  {'solved' if TASK.is_right(puzzle, result.text) else 'not solved'}\n")
-        print_memory(artifact)
+        print("\n".join(memory_lines(artifact)))
 
 
 if __name__ == "__main__":

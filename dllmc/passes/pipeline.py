@@ -7,7 +7,7 @@ tensors, and the facts that hold so far are checked again.
 import importlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from dllmc.errors import CaptureError, PassError
@@ -67,10 +67,17 @@ def text_of(passes: Sequence[Pass]) -> str:
     return ",".join(map(str, passes))
 
 
-def run(step: StepGraph, passes: Sequence[Pass]) -> tuple[LogEntry, ...]:
-    """Run the passes on the step in place and return what each did. Raises `PassError` naming the pass."""
+def run(
+    step: StepGraph, passes: Sequence[Pass], on_pass: Callable[[Pass], object] | None = None
+) -> tuple[LogEntry, ...]:
+    """Run the passes on the step in place and return what each did. Raises `PassError` naming the pass.
+
+    `on_pass` is called with each pass before it runs.
+    """
     log, facts = [], set[str]()
     for current in passes:
+        if on_pass is not None:
+            on_pass(current)
         if missing := [fact for fact in current.requires if fact not in facts]:
             ensuring = [name for name in REGISTRY if set(lookup(name).ensures) & set(missing)]
             raise PassError(

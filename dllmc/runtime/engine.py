@@ -1,7 +1,7 @@
 """The engine: an artifact's program over memory that it owns, decoding any number of requests in packed steps."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,12 @@ from dllmc.runtime import batch, scheduler
 from dllmc.runtime.executor import Executor
 from dllmc.runtime.params import CachePolicy, Prompt, SamplingParams
 from dllmc.runtime.request import GenerationResult, Request
+from dllmc.runtime.snapshot import Snapshot, snapshot
 from dllmc.runtime.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 PromptLike = str | Sequence[int] | Prompt
+OnStep = Callable[[tuple[Snapshot, ...]], object]
 
 
 class Engine:
@@ -37,24 +39,28 @@ class Engine:
         prompts: PromptLike | Sequence[PromptLike],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         cache: CachePolicy | Sequence[CachePolicy] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[GenerationResult]:
         """Decode prompts together, each as it would be decoded alone; results in the order of the prompts.
 
         A prompt is text, token ids, or a `Prompt`; one prompt may be given without a list around it. `params` and
         `cache` hold for all prompts, or are one for each. Raises `RequestError` before anything runs.
+
+        `on_step` is called after each step with a `Snapshot` of every request that was in it, in the order in which
+        they joined; decoding waits until it returns, and what it raises ends the call.
         """
         listed = _as_list(prompts)
         every = _one_each(params or SamplingParams(), len(listed), SamplingParams, "params")
         _one_each(cache or CachePolicy(), len(listed), CachePolicy, "cache")
         requests = [self._request(p, s, index) for index, (p, s) in enumerate(zip(listed, every, strict=True))]
-        self._decode(requests)
+        self._decode(requests, on_step)
         return [self._result(request) for request in requests]
 
     def _request(self, prompt: PromptLike, params: SamplingParams, index: int) -> Request:
         given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         where = f"prompt {index}"
         try:
-            request = Request(self._token_ids(given.content), params, self.spec, given.infill)
+            request = Request(self._token_ids(given.content), params, self.spec, given.infill, given.reference)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
         scheduler.require_admissible(request, self._executor.program.maxima, where)
@@ -67,8 +73,9 @@ class Engine:
             raise RequestError("the prompt is text, but the artifact has no tokenizer; give token ids")
         return self.tokenizer.encode(content)
 
-    def _decode(self, requests: Sequence[Request]) -> None:
+    def _decode(self, requests: Sequence[Request], on_step: OnStep | None) -> None:
         limits = self._executor.program.maxima
+        index_of = {request: index for index, request in enumerate(requests)}
         waiting = deque(request for request in requests if not request.finished)
         running: list[Request] = []
         while waiting or running:
@@ -77,6 +84,8 @@ class Engine:
             step = batch.compose(running, limits["rows"])
             step.commit(**self._executor.run(step.sizes, step.inputs))
             self.steps += 1
+            if on_step is not None:
+                on_step(tuple(snapshot(index_of[request], request) for request in running))
             running = [request for request in running if not request.finished]
 
     def _result(self, request: Request) -> GenerationResult:

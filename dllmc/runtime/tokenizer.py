@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllmc.errors import ArtifactError
+from dllmc.errors import ArtifactError, RequestError
 
 CONFIG = "tokenizer_config.json"
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("vocab.txt",))
@@ -30,6 +30,44 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and with its spaces as they are."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token id adds to those before it: together `decode(ids)`.
+
+        A special token adds nothing. A token that ends within a character adds nothing either; the token that
+        completes the character adds all of it.
+        """
+        pieces: list[str] = []
+        # The piece before is decoded with each new token, for some decoders drop a space where a text begins.
+        context, done = 0, 0
+        for end in range(1, len(ids) + 1):
+            known, text = self.decode(ids[context:done]), self.decode(ids[context:end])
+            whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+            pieces.append(text[len(known) :] if whole else "")
+            if whole and len(text) > len(known):
+                context, done = done, end
+        return pieces
+
+    def render_chat(self, message: str) -> str:
+        """A user's message as the checkpoint's chat template writes it, up to where the model's answer begins.
+
+        Raises `RequestError` without a template, and for one that does not take a single user message.
+        """
+        if not self._inner.chat_template:
+            raise RequestError(
+                "the tokenizer has no chat template (neither a chat_template.jinja nor a chat_template in "
+                "tokenizer_config.json); give the whole prompt as text, without a template"
+            )
+        conversation = [{"role": "user", "content": message}]
+        try:
+            text: str = self._inner.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except Exception as cause:
+            reason = " ".join(str(cause).split()).rstrip(".")
+            raise RequestError(
+                f"the tokenizer's chat template fails on a user message: {type(cause).__name__}: {reason}. "
+                "Give the whole prompt as text, without the template"
+            ) from cause
         return text
 
 

@@ -1,6 +1,8 @@
 """The engine: decoding together is decoding alone, limits hold, and bad requests are refused before anything runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,83 @@ def test_prompts_of_every_kind(tiny_llada: Path) -> None:
     assert engine.generate(ids, params) == [single]
     assert single.text == engine.tokenizer.decode(single.token_ids)
     assert engine.generate([], params) == []
+
+
+def test_on_step_sees_every_step(tmp_path: Path) -> None:
+    """Each step's requests, in a small program that not all fit into: tokens appear once, stay, and are the result's.
+
+    The results are those of a call without it.
+    """
+    small = dllmc.CompileOptions(max_tokens_per_step=180, max_requests=4, max_logit_rows=14)
+    engine = dllmc.load(dllmc.compile(ROOT / "llada-mha", tmp_path / "small", small).path)
+    prompts, params = mixed_requests()
+    params = [replace(p, logprobs=index % 2 == 0) for index, p in enumerate(params)]
+    steps: list[tuple[dllmc.Snapshot, ...]] = []
+    results = engine.generate(prompts, params, on_step=steps.append)
+    assert results == engine.generate(prompts, params)
+    assert max(len(step) for step in steps) < len(prompts)
+    for index, result in enumerate(results):
+        own = [snapshot for step in steps for snapshot in step if snapshot.index == index]
+        assert [s.forward_passes for s in own] == list(range(1, result.forward_passes + 1))
+        assert [s.finished for s in own] == [False] * (len(own) - 1) + [True]
+        for before, after in pairwise(own):
+            kept = [i for i, masked in enumerate(before.masked) if not masked]
+            assert not any(after.masked[i] or after.token_ids[i] != before.token_ids[i] for i in kept)
+            assert after.block[0] >= before.block[0]
+            changed = [i for i, masked in enumerate(before.masked) if masked and not after.masked[i]]
+            assert all(before.block[0] <= i < before.block[1] for i in changed)
+        for snapshot in own:
+            assert all(snapshot.token_ids[i] == MASK for i, masked in enumerate(snapshot.masked) if masked)
+            shown = [masked or snapshot.token_ids[i] == result.token_ids[i] for i, masked in enumerate(snapshot.masked)]
+            assert all(shown)
+            if result.logprobs is None:
+                assert snapshot.logprobs is None
+            else:
+                expected = [0.0 if m else p for m, p in zip(snapshot.masked, result.logprobs, strict=True)]
+                assert snapshot.logprobs == expected
+        assert own[-1].token_ids == result.token_ids
+
+
+def test_a_finished_snapshot_is_the_completion(golden_engine: GoldenEngine) -> None:
+    """A stop token cuts it, as it cuts the result; earlier snapshots have the whole region."""
+    engine = golden_engine("llada-mha")
+    free = dllmc.SamplingParams(gen_length=12, block_length=6, ignore_eos=True)
+    [result] = engine.generate([9, 8, 7], free)
+    stopping = replace(free, stop_token_ids=(result.token_ids[2],))
+    seen: list[dllmc.Snapshot] = []
+    [cut] = engine.generate([9, 8, 7], stopping, on_step=lambda step: seen.extend(step))
+    assert cut.finish_reason == "stop"
+    assert seen[-1].token_ids == cut.token_ids
+    assert len(seen[-1].masked) == len(cut.token_ids) < 12
+    assert {len(s.token_ids) for s in seen[:-1]} == {12}
+    assert seen[0].block == (0, 6)
+
+
+def test_without_on_step_no_snapshot_is_made(golden_engine: GoldenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a snapshot was made")
+
+    monkeypatch.setattr("dllmc.runtime.engine.snapshot", refuse)
+    params = dllmc.SamplingParams(gen_length=4)
+    assert golden_engine("llada-mha").generate([1, 2], params)
+    with pytest.raises(AssertionError, match="a snapshot was made"):
+        golden_engine("llada-mha").generate([1, 2], params, on_step=print)
+
+
+def test_what_on_step_raises_ends_the_call(golden_engine: GoldenEngine) -> None:
+    """The step is the last one, and the engine decodes as before."""
+    engine = golden_engine("llada-mha")
+    params = dllmc.SamplingParams(gen_length=8, ignore_eos=True)
+    expected, before = engine.generate([1, 2], params), engine.steps
+
+    def stop(step: tuple[dllmc.Snapshot, ...]) -> None:
+        if step[0].forward_passes == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([1, 2], params, on_step=stop)
+    assert engine.steps == before + 3
+    assert engine.generate([1, 2], params) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from dllmc.errors import ArtifactError
+from dllmc.errors import ArtifactError, RequestError
 from dllmc.runtime.tokenizer import Tokenizer, load_tokenizer
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
@@ -115,6 +115,55 @@ def test_any_text_survives_dreams_tokenizer(dream: Tokenizer, text: str) -> None
 
 def test_dream_leaves_special_tokens_out_of_a_text(dream: Tokenizer) -> None:
     assert dream.decode([*DREAM_SPECIAL.values(), DREAM_VOCABULARY["hello"], *DREAM_SPECIAL.values()]) == "hello"
+
+
+@QUICK
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 3))
+def test_the_pieces_of_a_text_are_the_text(dream: Tokenizer, text: str, rest: int) -> None:
+    """One a token, together the decoded text, also where it breaks off within a character."""
+    ids = dream.encode(text)
+    for part in (ids, ids[:-rest]):
+        pieces = dream.pieces(part)
+        assert len(pieces) == len(part)
+        assert "".join(pieces) == dream.decode(part)
+
+
+def test_a_character_is_the_piece_of_the_token_that_completes_it(dream: Tokenizer) -> None:
+    """Special tokens add nothing; a character that never is completed is shown with the last token."""
+    ids = [*dream.encode("hello hello é"), DREAM_SPECIAL["<|mask|>"], *dream.encode("1é")[:-1]]
+    assert dream.pieces(ids) == ["hello", " hello", " ", "", "é", "", "1", "\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize("home", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_frames_a_message(tmp_path: Path, home: str) -> None:
+    """From either place that transformers knows, up to where the answer begins."""
+    write_characters(tmp_path)
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    if home == "tokenizer_config.json":
+        write_config(tmp_path, json.loads((tmp_path / home).read_text()) | {"chat_template": template})
+    else:
+        (tmp_path / home).write_text(template)
+    assert load(tmp_path).render_chat("hi") == "<user>hi<a>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"no chat template \(neither a chat_template\.jinja nor"),
+        ("{% for %}", "fails on a user message: TemplateSyntaxError"),
+        ("{{ raise_exception('A system message comes first.') }}", "TemplateError: A system message comes first. Give"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(tmp_path: Path, template: str | None, message: str) -> None:
+    """None at all, one that is no template, one that wants another conversation, one that would run code."""
+    write_characters(tmp_path)
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(RequestError, match=message):
+        load(tmp_path).render_chat("hi")
 
 
 def test_a_tokenizer_needs_no_config(tmp_path: Path) -> None:

@@ -1,0 +1,272 @@
+"""The command line: parse, call the API, print. Nothing is imported before a command needs it."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dllmc.cli import prompts, report, terminal
+from dllmc.cli.group import Group, option
+from dllmc.cli.options import api_option, artifact_argument, json_option, out_argument, sampling_options, token_ids
+from dllmc.errors import RequestError
+
+if TYPE_CHECKING:
+    from dllmc.runtime.engine import Engine
+    from dllmc.runtime.params import SamplingParams
+    from dllmc.runtime.request import GenerationResult
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+    epilog="\b\nA first session:\n"
+    "  dllmc compile examples/tiny-llada sudoku.dllmc\n"
+    "  dllmc generate sudoku.dllmc --watch --prompt 'sudoku:\\n1040\\n3401\\n0004\\n4012\\n'\n"
+    "  dllmc inspect sudoku.dllmc",
+)
+@click.version_option(package_name="dllmc")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Compile diffusion language models into memory-planned programs, and run them."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command(
+    "compile",
+    epilog="\b\nExamples:\n"
+    "  dllmc compile examples/tiny-llada sudoku.dllmc\n"
+    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16",
+)
+@click.argument("model", type=click.Path())
+@out_argument
+@api_option("Size of a step", "max_tokens_per_step", int, "Packed tokens that a step takes at most.")
+@api_option("Size of a step", "max_requests", int, "Segments of a step at most; a guided request has two.")
+@api_option("Size of a step", "max_logit_rows", int, "Masked positions that a step predicts, and a block has, at most.")
+@api_option("Compilation", "dtype", str, "Of weights and activations")
+@option("Compilation", "--passes", metavar="PIPELINE", help="Passes to run instead of those that `inspect` lists.")
+@json_option("Print what was compiled as JSON, as `inspect --json` does.")
+def compile_command(model: str, out: Path, passes: str | None, as_json: bool, **chosen: Any) -> None:
+    """Compile MODEL into the artifact directory OUT.
+
+    MODEL is a checkpoint folder in Hugging Face layout, or a hub id such as GSAI-ML/LLaDA-8B-Instruct. If OUT
+    is an artifact already, it is replaced once the new one is complete.
+    """
+    with terminal.progress("load torch"):
+        import dllmc
+        from dllmc.models.checkpoint import resolve
+
+        options = dllmc.CompileOptions(**chosen if passes is None else {**chosen, "passes": passes})
+    folder = resolve(model)  # outside of any bar: a download shows its own
+    with terminal.progress("compile") as show:
+        artifact = dllmc.compile(folder, out, options, on_stage=show)
+    if as_json:
+        click.echo(prompts.json_line(report.document(artifact)))
+        return
+    for line in (*report.pass_lines(artifact), *report.memory_lines(artifact), f"wrote {out}"):
+        click.echo(line)
+
+
+@main.command(
+    epilog="\b\nExamples:\n"
+    "  dllmc generate sudoku.dllmc --prompt 'sudoku:\\n1040\\n3401\\n0004\\n4012\\n' --watch\n"
+    "  dllmc generate llada.dllmc --chat --prompt 'Why is the sky blue?' --threshold 0.9\n"
+    "  dllmc generate llada.dllmc --file questions.jsonl --chat --out answers.jsonl\n"
+    "  dllmc generate llada.dllmc --json < prompts.txt | jq .output",
+)
+@artifact_argument
+@option("Prompts", "--prompt", "texts", multiple=True, help=r"A prompt as text, \n for a newline; may be repeated.")
+@option(
+    "Prompts",
+    "--prompt-ids",
+    "ids",
+    type=token_ids,
+    metavar="IDS",
+    multiple=True,
+    help="A prompt as token ids, 12,7,300.",
+)
+@option(
+    "Prompts",
+    "--file",
+    type=click.Path(allow_dash=True),
+    help="Prompts from a file: FILE.jsonl has an object a line with `input` (text, as it is) or `token_ids`; "
+    r"any other file is text with one prompt a line, \n for a newline. - is standard input, as text.",
+)
+@option("Prompts", "--chat", is_flag=True, help="Each prompt is a user's message; apply the model's chat template.")
+@sampling_options
+@option(
+    "Output",
+    "--watch",
+    is_flag=True,
+    help="Show the blocks unmasking, on standard error: live, coloured by confidence (NO_COLOR is respected) and "
+    "slowed to 17 steps a second at most; without a terminal, one plain line a step and prompt.",
+)
+@json_option(
+    "Print a JSON object a line and prompt: `input` (text or token ids), `output` (text, null without a "
+    "tokenizer), `token_ids`, `forward_passes`, `finish_reason` (stop or length)."
+)
+@option(
+    "Output",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Write the objects of --json to a file instead of printing completions. It is written when all are done; "
+    "an older file is replaced.",
+)
+def generate(
+    artifact: Path,
+    texts: tuple[str, ...],
+    ids: tuple[tuple[int, ...], ...],
+    file: str | None,
+    chat: bool,
+    watch: bool,
+    as_json: bool,
+    out: Path | None,
+    **sampling: Any,
+) -> None:
+    r"""Decode prompts with a compiled ARTIFACT.
+
+    All prompts are decoded together, in shared steps: those of --prompt, of --prompt-ids and of --file, or the lines
+    of standard input where none is given. Completions go to standard output, one after the other; what each cost goes
+    to standard error.
+    """
+    given = prompts.collect(texts, ids, file)
+    import dllmc
+
+    params = dllmc.SamplingParams(**sampling, logprobs=watch)
+    with prompts.replacing(out) if out is not None else nullcontext() as stream:
+        with terminal.progress(f"load {artifact}"):
+            engine = dllmc.load(artifact)
+        results = _decode(engine, given, chat, params, watch)
+        records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
+        if stream is not None:
+            stream.writelines(f"{record}\n" for record in records)
+    if as_json:
+        click.echo("\n".join(records))
+    elif out is None:
+        _print_results(results, engine, watch)
+    if out is not None:
+        click.echo(f"wrote {report.counted(len(results), 'completion')} to {out}", err=True)
+
+
+@main.command(
+    epilog="\b\nExamples:\n  dllmc inspect sudoku.dllmc\n  dllmc inspect sudoku.dllmc --json | jq .memory_bytes"
+)
+@artifact_argument
+@option("Output", "--program", "show_program", is_flag=True, help="Add all instructions and the buffers' offsets.")
+@json_option(
+    "Print one JSON object: `artifact` (path), `schema`, `versions`, `model`, `options`, `programs` (each `name`, "
+    "`instructions`, `buffers`, `maxima`, `arena_bytes`, `lower_bound_bytes`, and with --program the `program` as it "
+    "is stored), `passes`, `memory_bytes` (`weights`, `arena`, `kv_pool`, `state`, `total`)."
+)
+def inspect(artifact: Path, show_program: bool, as_json: bool) -> None:
+    """Show the model, programs, passes and memory of an ARTIFACT."""
+    from dllmc.artifact import read
+    from dllmc.ir.printer import text_of
+
+    opened = read(artifact)
+    if as_json:
+        click.echo(prompts.json_line(report.document(opened, with_programs=show_program)))
+        return
+    for line in (*report.model_lines(opened), *report.pass_lines(opened), *report.memory_lines(opened)):
+        click.echo(line)
+    if show_program:
+        for program in opened.programs.values():
+            click.echo(text_of(program))
+
+
+@main.command(
+    "eval",
+    epilog="\b\nExamples:\n"
+    "  dllmc eval tiny.dllmc --task sudoku\n"
+    "  dllmc eval code.dllmc --task code --steps 8 --examples 50 --json\n"
+    "  dllmc eval llada.dllmc --task mine.jsonl --gen-length 64 --threshold 0.9",
+)
+@artifact_argument
+@option("Task", "--task", required=True, metavar="TASK", help="sudoku, add, code, or a FILE.jsonl of one's own.")
+@option("Task", "--examples", type=int, default=200, show_default=True, metavar="N", help="How many, at most.")
+@option("Task", "--seed", type=int, default=0, show_default=True, metavar="N", help="Which examples are drawn.")
+@option("Decoding", "--gen-length", type=int, metavar="N", help="Tokens to generate; default: the task's.")
+@option("Decoding", "--block-length", type=int, metavar="N", help="Tokens denoised together; default: the task's.")
+@api_option("Decoding", "steps", int, "Forward passes of an example; default: one token a pass.")
+@api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one.")
+@json_option(
+    "Print one JSON object: `task`, `examples`, `accuracy`, `interval` (95 %), `forward_passes`, `tokens`, `seconds`, "
+    "`tokens_per_second`, and for code `nll` and `nll_interval` (nats a token), else null."
+)
+def eval_command(artifact: Path, task: str, examples: int, seed: int, as_json: bool, **sampling: Any) -> None:
+    """Measure how well and how fast an ARTIFACT does a task.
+
+    sudoku and add are examples that the bundled checkpoints never saw; code are gaps of 32 tokens in modules of the
+    standard library that they never saw, filled in freely for the share of right tokens, and once more with the
+    truth revealed step by step for its NLL. A FILE.jsonl has an object a line with the texts `input` and `output`.
+    """
+    with terminal.progress(f"load {artifact}"):
+        import dllmc
+        from dllmc.evaluate import evaluate
+
+        engine = dllmc.load(artifact)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    with terminal.progress(f"evaluate {task}"):
+        measured = evaluate(engine, task, examples, seed, given)
+    if as_json:
+        click.echo(prompts.json_line(report.evaluation(measured)))
+        return
+    for line in report.evaluation_lines(measured):
+        click.echo(line)
+
+
+@main.command(
+    short_help="Print the script that sets up completion at the Tab key.",
+    epilog="\b\nTo have it in every new shell:\n"
+    "  bash  echo 'eval \"$(dllmc completion bash)\"' >> ~/.bashrc\n"
+    "  zsh   echo 'eval \"$(dllmc completion zsh)\"' >> ~/.zshrc\n"
+    "  fish  dllmc completion fish > ~/.config/fish/completions/dllmc.fish",
+)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print the script that makes SHELL complete commands, options, their values and files at the Tab key."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "dllmc", "_DLLMC_COMPLETE").source())
+
+
+def _decode(
+    engine: "Engine", given: list[prompts.Given], chat: bool, params: "SamplingParams", watch: bool
+) -> "list[GenerationResult]":
+    """Decode with whatever view of it is wanted. Errors say where the prompt they are about was given."""
+    from dllmc.cli.watch import bar, view
+
+    contents = [_rendered(engine, prompt) if chat else prompt.content for prompt in given]
+    work = len(given), params.gen_length
+    try:
+        with view(*work, engine.tokenizer) if watch else bar(*work) as on_step:
+            return engine.generate(contents, params, on_step=on_step)
+    except RequestError as error:
+        raise prompts.located(error, given) from error
+
+
+def _rendered(engine: "Engine", prompt: prompts.Given) -> str:
+    if not isinstance(prompt.content, str):
+        raise RequestError(f"{prompt.where}: --chat takes text, found token ids; give the message, or leave out --chat")
+    if engine.tokenizer is None:
+        raise RequestError("--chat: the artifact has no tokenizer; give token ids with --prompt-ids, without --chat")
+    try:
+        return engine.tokenizer.render_chat(prompt.content)
+    except RequestError as error:
+        raise RequestError(f"--chat: {error}") from error
+
+
+def _print_results(results: "list[GenerationResult]", engine: "Engine", watched: bool) -> None:
+    from dllmc.cli.watch import coloured
+
+    for result in results:
+        plain = result.text if result.text is not None else ",".join(map(str, result.token_ids))
+        click.echo(coloured(result, engine.tokenizer) if watched and terminal.takes_colour(sys.stdout) else plain)
+        cost = report.counted(len(result.token_ids), "token"), report.counted(result.forward_passes, "forward pass")
+        click.echo(f"[{', '.join((*cost, result.finish_reason))}]", err=True)

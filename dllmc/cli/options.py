@@ -1,0 +1,103 @@
+"""Options and arguments that commands share, with the API's defaults; nothing here loads torch or numpy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dllmc.cli.group import F, option
+
+DEFAULTS = {  # of CompileOptions and SamplingParams; a test holds them equal
+    "max_tokens_per_step": 4096,
+    "max_requests": 64,
+    "max_logit_rows": 1024,
+    "dtype": "float32",
+    "gen_length": 128,
+    "block_length": 32,
+    "temperature": 0.0,
+    "remasking": "low_confidence",
+    "schedule": "uniform",
+    "cfg_scale": 0.0,
+    "seed": 0,
+}
+CHOICES = {  # likewise
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remasking": ("low_confidence", "topk_margin", "entropy", "random"),
+    "schedule": ("uniform", "timestep"),
+}
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """Parse `1,2,3`, with commas or spaces."""
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split()) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"expected token ids such as 12,7,300, found {text!r}") from None
+
+
+def api_option(heading: str, name: str, kind: Any, text: str) -> Callable[[F], F]:
+    """An option that is a field of the API's, with its default and choices."""
+    attributes: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), "help": text}
+    if name in CHOICES:
+        attributes |= {"type": click.Choice(CHOICES[name]), "metavar": "NAME"}
+        attributes["help"] = f"{text}: {', '.join(CHOICES[name])}."
+    if name in DEFAULTS:
+        attributes |= {"default": DEFAULTS[name], "show_default": True}
+    return option(heading, f"--{name.replace('_', '-')}", name, **attributes)
+
+
+def json_option(text: str) -> Callable[[F], F]:
+    """--json, which is documented field by field: `text` names them."""
+    return option("Output", "--json", "as_json", is_flag=True, help=text)
+
+
+def sampling_options(command: F) -> F:
+    """The options that are fields of SamplingParams, `logprobs` left out."""
+    options: tuple[Callable[[F], F], ...] = (
+        api_option("Decoding", "gen_length", int, "Tokens to generate."),
+        api_option("Decoding", "block_length", int, "Tokens denoised together."),
+        api_option("Decoding", "steps", int, "Forward passes over all blocks; default: one token a pass."),
+        api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one."),
+        api_option("Decoding", "schedule", str, "How --steps share a block"),
+        api_option("Decoding", "remasking", str, "What ranks the tokens of a step"),
+        api_option("Decoding", "cfg_scale", float, "Classifier-free guidance; 0 is off."),
+        api_option("Sampling", "temperature", float, "0 takes the best token."),
+        api_option("Sampling", "top_k", int, "Sample from the best K tokens only (at most 1024)."),
+        api_option("Sampling", "top_p", float, "Sample from the fewest best tokens of this probability."),
+        api_option("Sampling", "seed", int, "Key of the sampling noise."),
+        option("Tokens", "--ignore-eos", is_flag=True, help="Do not stop at the model's end tokens."),
+        _tokens_option("stop_token_ids", "More token ids that end a completion."),
+        _tokens_option("suppress_tokens", "Token ids that are never chosen."),
+        _tokens_option("defer_tokens", "Token ids that are committed last."),
+    )
+    for decorate in reversed(options):
+        command = decorate(command)
+    return command
+
+
+def artifact_argument(command: F) -> F:
+    """ARTIFACT, which must be one: refused at once, before torch is loaded."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+        if not (path / "manifest.json").is_file():
+            problem = "no artifact, for it has no manifest.json" if path.exists() else "no such directory"
+            raise click.ClickException(f"{path}: {problem}; give a directory that `dllmc compile` wrote")
+        return path
+
+    return click.argument("artifact", type=click.Path(path_type=Path), callback=check)(command)
+
+
+def out_argument(command: F) -> F:
+    """OUT, where nothing else may stand than an artifact: refused at once, before anything is compiled."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+        if path.exists() and not (path / "manifest.json").is_file():
+            raise click.ClickException(f"{path} exists and is no artifact; choose another output directory")
+        return path
+
+    return click.argument("out", type=click.Path(path_type=Path), callback=check)(command)
+
+
+def _tokens_option(name: str, text: str) -> Callable[[F], F]:
+    return option("Tokens", f"--{name.replace('_', '-')}", name, type=token_ids, metavar="IDS", default=(), help=text)
