@@ -261,10 +261,10 @@ def print_records(setting: Setting, records: Sequence[dict[str, Any]], facts: di
 @click.option("--requests", "request_counts", multiple=True, type=click.IntRange(1), default=(1, 4), show_default=True)
 @click.option("--method", "others", multiple=True, type=click.Choice(OTHERS), default=OTHERS, help="Besides dense.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=report.RESULTS / "decode_cpu.json", help="The JSON file."
-)
-def main(request_counts: tuple[int, ...], others: tuple[str, ...], repeats: int, out: Path, **setting: Any) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="The JSON file.  [default: decode_cpu_DTYPE.json]")
+def main(
+    request_counts: tuple[int, ...], others: tuple[str, ...], repeats: int, out: Path | None, **setting: Any
+) -> None:
     """Measure decoding on the CPU; the defaults take about 15 minutes on 2 cores."""
     facts, s = report.environment(), Setting(**setting)
     measured = measure_all(s, (REFERENCE, *others), request_counts, repeats)
@@ -275,6 +275,7 @@ def main(request_counts: tuple[int, ...], others: tuple[str, ...], repeats: int,
         raise click.ClickException(
             f"{COMPILED} gives other tokens than {REFERENCE} at {differing} requests; nothing written"
         )
+    out = out or report.RESULTS / f"decode_cpu_{s.dtype}.json"
     report.write_json(out, {"environment": facts, "setting": asdict(s), "repeats": repeats, "results": records})
 
 

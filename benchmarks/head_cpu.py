@@ -1,7 +1,8 @@
 """The fused head on the CPU against the matrix product inside it, which no head can do without.
 
-`dllmc::decode_head` chooses a token and its probability for every row; the bare GEMM only computes the logits: in one
-go into a [rows, vocab] tensor that exists already, and in the head's own tiles. They take turns; figures are medians.
+`dllmc::decode_head` chooses a token and its probability for every row; the bare GEMM only computes the logits, into a
+[rows, vocab] tensor that exists already: in the weights' dtype, as torch runs it on this CPU, and in float32, which is
+the fair measure of a dtype that the CPU has no instructions for. They take turns; figures are medians.
 
 python -m benchmarks.head_cpu
 """
@@ -17,54 +18,48 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from dllmc.ops.decode_head import Tiling, decode_head_out, workspace_bytes
+from dllmc.ops.decode_head import decode_head_out, workspace_bytes
+from dllmc.ops.linear import has_native_gemm
 from dllmc.spec import MAX_SUPPRESS_TOKENS
 
+DTYPES = ("float32", "bfloat16", "float16")
 SEED = 0
 WEIGHT_STD = 0.02
 
 
-def contenders(hidden: Tensor, weight: Tensor, logits: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What is compared, over memory allocated here: greedy head [R] tokens, and two ways to logits [R, V]."""
-    rows, vocab = logits.shape
-    tiling = Tiling.of(rows, vocab, hidden.shape[1], hidden.dtype)
+def greedy_head(hidden: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """The head over memory allocated here, every row of one greedy request: tokens [R]."""
+    rows, vocab = len(hidden), len(weight)
     workspace = torch.empty(workspace_bytes(rows, vocab, hidden.shape[1], hidden.dtype), dtype=torch.uint8)
-    tile = workspace.view(torch.float32)
-    token, confidence, logprob = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
-    segment, position = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+    token = torch.empty(rows, dtype=torch.int64)
+    outs = {"token": token, "confidence": torch.empty(rows), "logprob": torch.empty(rows), "workspace": workspace}
+    of_rows = (torch.zeros(rows, dtype=torch.int64), torch.arange(rows), torch.full((rows,), -1))
     zero = torch.zeros(1, dtype=torch.int64)
-    suppressed = torch.full((1, MAX_SUPPRESS_TOKENS), -1)
-    tables = (torch.zeros(1), zero, torch.ones(1), zero, zero, zero, suppressed)  # one greedy request
+    tables = (torch.zeros(1), zero, torch.ones(1), zero, zero, zero, torch.full((1, MAX_SUPPRESS_TOKENS), -1))
 
     def head() -> Tensor:
-        outs = {"token": token, "confidence": confidence, "logprob": logprob}
-        decode_head_out(hidden, weight, None, 1.0, segment, position, *tables, **outs, workspace=workspace)
+        decode_head_out(hidden, weight, None, 1.0, *of_rows, *tables, **outs)
         return token
 
-    def whole() -> Tensor:
-        return torch.mm(hidden, weight.T, out=logits)
-
-    def tiled() -> Tensor:
-        for first in range(0, rows, tiling.rows):
-            part = hidden[first : first + tiling.rows]
-            for start in range(0, vocab, tiling.columns):
-                columns = weight[start : start + tiling.columns]
-                out = tile[: len(part) * len(columns)].view(len(part), len(columns))
-                torch.mm(part, columns.T, out=out)
-        return tile
-
-    return {"head": head, "whole": whole, "tiled": tiled}
+    return head
 
 
-def measure(rows: int, weight: Tensor, repeats: int) -> dict[str, Any]:
+def bare_gemm(hidden: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """Logits [R, V] in the dtype of the operands."""
+    logits = hidden.new_empty(len(hidden), len(weight))
+    return lambda: torch.mm(hidden, weight.T, out=logits)
+
+
+def measure(rows: int, weight: Tensor, weight32: Tensor, repeats: int) -> dict[str, Any]:
     """One record: median milliseconds of each contender, and what the head's are of either GEMM's."""
-    hidden = torch.randn(rows, weight.shape[1])
-    logits = torch.empty(rows, weight.shape[0])
-    calls = contenders(hidden, weight, logits)
-    calls["whole"]()
-    if not torch.equal(calls["head"](), logits.argmax(1)):
+    hidden = torch.randn(rows, weight.shape[1]).to(weight.dtype)
+    calls = {"head": greedy_head(hidden, weight), "whole": bare_gemm(hidden, weight)}
+    float32 = bare_gemm(hidden.float(), weight32)
+    if not torch.equal(calls["head"](), float32().argmax(1)):
         raise click.ClickException(f"{rows} rows: the head chose other tokens than the argmax of the logits")
-    calls["tiled"]()
+    if weight is not weight32:
+        calls["float32"] = float32
+    calls["whole"]()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -72,13 +67,16 @@ def measure(rows: int, weight: Tensor, repeats: int) -> dict[str, Any]:
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
     ms = {name: statistics.median(values) for name, values in times.items()}
+    float32_ms = ms.get("float32", ms["whole"])
     return {
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "native": has_native_gemm(weight.dtype),
         "rows": rows,
         "head_ms": ms["head"],
         "gemm_ms": ms["whole"],
-        "tiled_gemm_ms": ms["tiled"],
+        "float32_gemm_ms": float32_ms,
         "of_gemm": ms["head"] / ms["whole"],
-        "of_tiled_gemm": ms["head"] / ms["tiled"],
+        "of_float32_gemm": ms["head"] / float32_ms,
         "runs_ms": times,
     }
 
@@ -87,29 +85,39 @@ def measure(rows: int, weight: Tensor, repeats: int) -> dict[str, Any]:
 @click.option("--vocab", default=126464, show_default=True, help="Width of the head; the default is LLaDA-8B's.")
 @click.option("--hidden", default=1024, show_default=True)
 @click.option("--rows", "row_counts", multiple=True, type=click.IntRange(1), default=(1, 8, 16, 32, 64, 128))
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), default=DTYPES, show_default=True)
 @click.option("--repeats", default=15, show_default=True, type=click.IntRange(1))
 @click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS / "head_cpu.json", help="The JSON file.")
 @torch.inference_mode()
-def main(vocab: int, hidden: int, row_counts: tuple[int, ...], repeats: int, out: Path) -> None:
-    """Measure the fused head on the CPU in float32; the defaults take about a minute on 2 cores."""
+def main(
+    vocab: int, hidden: int, row_counts: tuple[int, ...], dtypes: tuple[str, ...], repeats: int, out: Path
+) -> None:
+    """Measure the fused head on the CPU; the defaults take about five minutes on 2 cores."""
     facts = report.environment()
     torch.manual_seed(SEED)
     weight = torch.empty(vocab, hidden).normal_(0, WEIGHT_STD)
-    records = [measure(rows, weight, repeats) for rows in row_counts]
+    records = []
+    for name in dtypes:
+        rounded = weight.to(getattr(torch, name))
+        weight32 = rounded.float()
+        records += [measure(rows, rounded, weight32, repeats) for rows in row_counts]
     rows = [
         {
+            "dtype": r["dtype"],
             "rows": r["rows"],
             "decode_head ms": f"{r['head_ms']:.2f}",
             "GEMM ms": f"{r['gemm_ms']:.2f}",
-            "tiled GEMM ms": f"{r['tiled_gemm_ms']:.2f}",
+            "float32 GEMM ms": f"{r['float32_gemm_ms']:.2f}",
             "of GEMM": f"{r['of_gemm']:.2f}x",
-            "of tiled GEMM": f"{r['of_tiled_gemm']:.2f}x",
+            "of float32 GEMM": f"{r['of_float32_gemm']:.2f}x",
         }
         for r in records
     ]
-    title = f"Fused head, vocabulary {vocab}, hidden {hidden}, float32, medians of {repeats}"
-    report.print_table(title, rows, [report.summary(facts)])
-    setting = {"vocab": vocab, "hidden": hidden, "dtype": "float32", "repeats": repeats}
+    emulated = [name for name in dtypes if not has_native_gemm(getattr(torch, name))]
+    notes = [f"no instructions of this CPU multiply matrices of {' or '.join(emulated)}"] if emulated else []
+    title = f"Fused head, vocabulary {vocab}, hidden {hidden}, medians of {repeats}"
+    report.print_table(title, rows, [*notes, report.summary(facts)])
+    setting = {"vocab": vocab, "hidden": hidden, "repeats": repeats}
     report.write_json(out, {"environment": facts, "setting": setting, "results": records})
 
 

@@ -35,9 +35,20 @@ def golden_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], d
 
 @pytest.fixture(scope="session")
 def tiny_llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled checkpoint, compiled."""
-    source = Path(__file__).parents[1] / "examples" / "tiny-llada"
-    return dllmc.compile(source, tmp_path_factory.mktemp("artifacts") / "tiny-llada").path
+    """The bundled checkpoint of Sudoku and sums, compiled."""
+    return compiled("tiny-llada", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_llada_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled language model of Python source, compiled."""
+    return compiled("tiny-llada-code", tmp_path_factory)
+
+
+def compiled(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of examples/, compiled with default options."""
+    source = Path(__file__).parents[1] / "examples" / name
+    return dllmc.compile(source, tmp_path_factory.mktemp("artifacts") / name).path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -125,11 +125,16 @@ def step_inputs(
     positions = torch.cat([torch.arange(n) for n in lengths])
     at = torch.tensor(rows, dtype=torch.int64)
     none = torch.zeros(len(lengths), dtype=torch.int64)
+    all_rows = torch.tensor([*rows, *twins.values()], dtype=torch.int64)
+    of_segment = torch.searchsorted(ends, all_rows, right=True)
+    assert of_segment.equal(of_segment.sort().values), "a segment's rows stand together"
+    row_ends = torch.bincount(of_segment, minlength=len(lengths)).cumsum(0)
     return {
         "token_ids": torch.randint(VOCAB, (sum(lengths),), generator=generator),
         "positions": positions,
         "segments": torch.stack((starts, ends), dim=1),
-        "rows": torch.tensor([*rows, *twins.values()], dtype=torch.int64),
+        "rows": all_rows,
+        "row_spans": torch.stack((row_ends - torch.bincount(of_segment, minlength=len(lengths)), row_ends), dim=1),
         "guided": torch.tensor([*twins], dtype=torch.int64),
         "guidance": torch.full((len(twins),), GUIDANCE),
         "row_segment": torch.searchsorted(ends, at, right=True),

@@ -1,5 +1,6 @@
 """Half precision: the compiled step against the eager module of the same dtype, and against float64."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def test_predictions_of_one_step(dtype: str, folder: str, tmp_path: Path) -> Non
 
     weights = sum(p.numel() for p in model.parameters())
     assert 2 * weights <= artifact.memory["weights"] < 2.1 * weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", *TOLERANCES])
+def test_linears_of_half_precision_have_a_workspace(dtype: str, tmp_path: Path) -> None:
+    """Enough for the largest step on a CPU that has to widen them; in float32 nothing is reserved."""
+    dllmc.compile(ROOT / "llada-mha", tmp_path / "out", dllmc.CompileOptions(512, dtype=dtype))
+    program = dllmc.load(tmp_path / "out")._executor.program
+    linears = [instruction for instruction in program.instructions if instruction.op == "aten.linear.default"]
+    assert linears
+    for instruction in linears:
+        rows = min(1024, math.prod(dim.at(program.maxima) for dim in instruction.outputs[0].shape[:-1]))
+        columns, width = (dim.at(program.maxima) for dim in list(instruction.reads())[1].shape)
+        if dtype == "float32":
+            assert instruction.workspace is None
+        else:
+            assert program.buffers[instruction.workspace].size_bytes(program.maxima) >= 4 * (rows + columns) * width
 
 
 def test_unknown_dtype() -> None:

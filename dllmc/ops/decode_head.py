@@ -23,6 +23,7 @@ from dllmc.ops.head_partials import finish, head_partials, merge
 from dllmc.ops.head_rows import CANDIDATES, HeadRows
 from dllmc.ops.head_rows import ConfidenceRule as ConfidenceRule
 from dllmc.ops.library import library
+from dllmc.ops.linear import FEW_ROWS, transposes
 
 # Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
 BUDGET = 1 << 20
@@ -31,47 +32,56 @@ NARROWEST_TILE = 1024
 
 library.define(
     "decode_head(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor row_segment, Tensor row_position,"
-    " Tensor row_target, Tensor temperature, Tensor top_k, Tensor top_p, Tensor confidence_rule, Tensor seed, Tensor step,"
-    " Tensor suppressed) -> (Tensor token, Tensor confidence, Tensor logprob)"
+    " Tensor row_target, Tensor temperature, Tensor top_k, Tensor top_p, Tensor confidence_rule, Tensor seed,"
+    " Tensor step, Tensor suppressed) -> (Tensor token, Tensor confidence, Tensor logprob)"
 )
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How R rows by V tokens are cut: rows a chunk, columns a tile, weight rows cast to float32 at a time (or 0)."""
+    """How R rows by V tokens are cut: rows a chunk, columns a tile.
+
+    A product that does not go straight into its tile is made of `part_rows` rows of the weight at a time, in `spare`
+    float32 elements of workspace: they hold those rows if the weight is not float32, and the product's transpose
+    where that is faster.
+    """
 
     rows: int
     columns: int
-    cast_rows: int = 0
+    part_rows: int = 0
+    spare: int = 0
 
     @classmethod
     def of(cls, rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> "Tiling":
         """Cut at least one row so that it fits the `workspace_bytes` of as many rows, or of more."""
-        budget = BUDGET if dtype == torch.float32 else BUDGET // 2
+        of_a_row = (rows if transposes(rows, dtype) else 0) + (0 if dtype == torch.float32 else hidden_size)
+        budget = BUDGET // 2 if of_a_row else BUDGET
         chunks = -(-rows * NARROWEST_TILE // budget)
         chunk = -(-rows // chunks)
         columns = budget // chunk
         columns = vocab if columns >= vocab else columns // 256 * 256
-        cast = 0 if dtype == torch.float32 else min(columns, max(1, budget // hidden_size))
-        return cls(chunk, columns, cast)
+        part = min(columns, max(1, budget // of_a_row)) if of_a_row else 0
+        return cls(chunk, columns, part, part * of_a_row)
 
-    def elements(self, hidden_size: int) -> int:
+    @property
+    def elements(self) -> int:
         """Float32 elements of workspace in use."""
-        return self.rows * self.columns + self.cast_rows * hidden_size
+        return self.rows * self.columns + self.spare
 
 
 def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes of workspace that suffice for up to `rows` rows: a tile of logits, and of weights if cast; about 4 MiB."""
+    """Bytes of workspace that suffice for up to `rows` rows: a tile of logits, and what is beside it; about 4 MiB."""
+    few = min(rows, FEW_ROWS)
     if dtype == torch.float32:
-        return 4 * min(BUDGET, rows * vocab)
-    half = BUDGET // 2
-    return 4 * (min(half, rows * vocab) + min(max(half, hidden_size), vocab * hidden_size))
+        return 4 * min(BUDGET, max(rows, 2 * few) * vocab)
+    half, of_a_row = BUDGET // 2, few + hidden_size
+    return 4 * (min(half, rows * vocab) + min(max(half, of_a_row), vocab * of_a_row))
 
 
-def workspace_of(shapes: Sequence[tuple[int, ...]]) -> int:
-    """`workspace_bytes` from the shapes of a call's tensors, enough for any dtype."""
-    (rows, hidden_size), (vocab, _) = shapes[:2]
-    return max(workspace_bytes(rows, vocab, hidden_size, dtype) for dtype in (torch.float32, torch.bfloat16))
+def workspace_of(tensors: Sequence[Tensor]) -> int:
+    """`workspace_bytes` for a call on tensors like these."""
+    hidden, weight = tensors[:2]
+    return workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
 
 
 def reference(
@@ -149,7 +159,7 @@ def decode_head_out(
     """CPU: the operator into given outputs; `tables` are its seven per-segment arguments, in order.
 
     workspace: uint8, contiguous, at least `workspace_bytes` of the call or of one with more rows. It holds a tile of
-    logits and, where `hidden` is not float32, a few rows of the weight cast to float32: torch's CPU GEMM would round
+    logits and what `Tiling` says: rows of a weight that is not float32 are cast, since torch's CPU GEMM would round
     bfloat16 and float16 logits to their 8 or 11 bits. Transient besides it: `hidden` in float32 where it is cast,
     [rows, 1024] candidates where top-k or top-p ask for them, and what `head_partials` says, all O(workspace).
     Raises `ProgramError` for a workspace that is too small, `RequestError` for an unknown confidence rule.
@@ -157,7 +167,7 @@ def decode_head_out(
     if not hidden.shape[0]:
         return
     tiling = Tiling.of(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
-    needed = 4 * tiling.elements(weight.shape[1])
+    needed = 4 * tiling.elements
     if workspace.numel() < needed:
         raise ProgramError(
             f"decode_head: {hidden.shape[0]} rows by {weight.shape[0]} tokens need a workspace of {needed} bytes, "
@@ -177,11 +187,12 @@ def decode_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One chunk of at most `tiling.rows` rows over all tiles of the vocabulary; `floats`: float32 workspace."""
     count, vocab = hidden.shape[0], weight.shape[0]
+    hidden = hidden.float()
     merged = None
     for start in range(0, vocab, tiling.columns):
         stop = min(start + tiling.columns, vocab)
         tile = floats[: count * (stop - start)].view(count, stop - start)
-        _project(hidden, weight[start:stop], tile, tiling.cast_rows, floats[tiling.rows * tiling.columns :])
+        _project(hidden, weight[start:stop], tile, tiling, floats[tiling.rows * tiling.columns :])
         if bias is not None:
             tile += bias[start:stop]
         if scale != 1.0:
@@ -192,16 +203,22 @@ def decode_tiles(
     return finish(merged, rows)
 
 
-def _project(hidden: Tensor, weight: Tensor, tile: Tensor, cast_rows: int, cast: Tensor) -> None:
-    """Fill `tile` with hidden @ weight.T in float32."""
-    if not cast_rows:
+def _project(hidden: Tensor, weight: Tensor, tile: Tensor, tiling: Tiling, spare: Tensor) -> None:
+    """Fill `tile` [rows, columns] with hidden @ weight.T; hidden and tile are float32."""
+    if not tiling.part_rows:
         torch.mm(hidden, weight.T, out=tile)
         return
-    hidden = hidden.float()
-    for start in range(0, weight.shape[0], cast_rows):
-        part = weight[start : start + cast_rows]
-        widened = cast[: part.numel()].view(part.shape).copy_(part)
-        torch.mm(hidden, widened.T, out=tile[:, start : start + cast_rows])
+    rows = hidden.shape[0]
+    for part, logits in zip(weight.split(tiling.part_rows), tile.split(tiling.part_rows, dim=1), strict=True):
+        taken = 0
+        if part.dtype != torch.float32:
+            taken = part.numel()
+            part = spare[:taken].view(part.shape).copy_(part)
+        if transposes(tiling.rows, weight.dtype):
+            product = spare[taken : taken + rows * len(part)].view(len(part), rows)
+            logits.copy_(torch.mm(part, hidden.T, out=product).T)
+        else:
+            torch.mm(hidden, part.T, out=logits)
 
 
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:

@@ -39,7 +39,6 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.mul.Tensor": torch.mul,
     "aten.neg.default": torch.neg,
     "aten.pow.Scalar": torch.pow,
-    "aten.pow.Tensor_Scalar": torch.pow,
     "aten.pow.Tensor_Tensor": torch.pow,
     "aten.reciprocal.default": torch.reciprocal,
     "aten.relu.default": torch.ops.aten.relu.out,
@@ -50,7 +49,6 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.sin.default": torch.sin,
     "aten.softmax.int": torch.softmax,
     "aten.sqrt.default": torch.sqrt,
-    "aten.square.default": torch.square,
     "aten.sub.Scalar": torch.sub,
     "aten.sub.Tensor": torch.sub,
     "aten.sum.dim_IntList": torch.sum,
@@ -65,7 +63,24 @@ def _bind_with_out(function: Callable[..., object]) -> Callable[[Sequence[Any], 
     return bind
 
 
-BINDERS = {name: _bind_with_out(function) for name, function in _WITH_OUT.items()}
+def _bind_square(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """As a product, which is the same numbers: torch squares float16 element by element, ten times slower."""
+    x = args[0]
+    return partial(torch.mul, x, x, out=outs[0])
+
+
+def _bind_power(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    x, exponent = args
+    if exponent == 2 and x.is_floating_point():
+        return _bind_square(args, outs, workspace)
+    return partial(torch.pow, x, exponent, out=outs[0])
+
+
+BINDERS = {
+    **{name: _bind_with_out(function) for name, function in _WITH_OUT.items()},
+    "aten.pow.Tensor_Scalar": _bind_power,
+    "aten.square.default": _bind_square,
+}
 
 
 def bind_copy(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
@@ -73,21 +88,12 @@ def bind_copy(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | N
     return partial(outs[0].copy_, args[0])
 
 
-def bind_linear(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
-    """`aten.linear(x [..., in], weight [out, in], bias [out] | None)` as one GEMM over all leading dimensions."""
-    x, weight, *rest = args
-    rows, out, transposed = _as_rows(x), _as_rows(outs[0]), weight.T
-    if rest and rest[0] is not None:
-        return partial(torch.addmm, rest[0], rows, transposed, out=out)
-    return partial(torch.mm, rows, transposed, out=out)
-
-
 def bind_embedding(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
     """`aten.embedding(weight [V, D], ids [...])`: rows of the table."""
     weight, ids = args[:2]
-    return partial(torch.index_select, weight, 0, ids.view(-1), out=_as_rows(outs[0]))
+    return partial(torch.index_select, weight, 0, ids.view(-1), out=as_rows(outs[0]))
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[..., width] -> [n, width] over the same memory; raises where the layout does not allow it."""
     return x.view(-1, x.shape[-1])

@@ -11,25 +11,25 @@ from typing import Any
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops import attention, decode_head, elementwise, guide_rows, norms
+from dllmc.ops import attention, decode_head, elementwise, guide_rows, linear, norms
 
 Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """How a named operator runs. `workspace_bytes` maps the shapes of a call's tensors (in order) to bytes."""
+    """How a named operator runs. `workspace_bytes` maps a call's tensors, in order and of any device, to bytes."""
 
     bind: Bind
-    workspace_bytes: Callable[[Sequence[tuple[int, ...]]], int] | None = None
+    workspace_bytes: Callable[[Sequence[Tensor]], int] = lambda tensors: 0
 
 
 OPERATORS: dict[str, Operator] = {
     "copy": Operator(elementwise.bind_copy),
     "aten.embedding.default": Operator(elementwise.bind_embedding),
-    "aten.layer_norm.default": Operator(norms.bind_layer_norm, norms.workspace_of),
-    "aten.linear.default": Operator(elementwise.bind_linear),
-    "aten.rms_norm.default": Operator(norms.bind_rms_norm, norms.workspace_of),
+    "aten.layer_norm.default": Operator(norms.bind_layer_norm, norms.layer_norm_workspace),
+    "aten.linear.default": Operator(linear.bind, linear.workspace_of),
+    "aten.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace),
     "dllmc.attention.default": Operator(attention.bind),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),

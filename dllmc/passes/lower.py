@@ -102,13 +102,18 @@ class _Lowering:
         )
 
     def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
-        workspace, needed = None, OPERATORS[op].workspace_bytes
-        if needed is not None:
-            views = [operand for operand in inputs if isinstance(operand, View)]
-            shapes = [tuple(d.at(self.step.maxima) for d in view.shape) for view in views]
+        workspace = None
+        largest = [self._largest(operand) for operand in inputs if isinstance(operand, View)]
+        if needed := OPERATORS[op].workspace_bytes(largest):
             workspace = f"%{node.name}.workspace"
-            self.buffers[workspace] = Tensor("uint8", (Affine(needed(shapes)),))
+            self.buffers[workspace] = Tensor("uint8", (Affine(needed),))
         self.instructions.append(Instruction(op, inputs, outputs, workspace, source_line(node)))
+
+    def _largest(self, view: View) -> torch.Tensor:
+        """A tensor without memory, of the operand's dtype and of its shape in the largest step."""
+        tensor = (self.buffers | self.weights | self.inputs)[view.base]
+        shape = [dim.at(self.step.maxima) for dim in view.shape]
+        return torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta")
 
     def _operands(self, node: fx.Node, name: str) -> tuple[Operand, ...]:
         """The call's arguments in the order of its schema; trailing ones at their defaults are left out."""

@@ -63,7 +63,7 @@ def _pack(step: StepGraph, node: fx.Node) -> bool:
     scale = float(scale) if scale is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
     with step.graph.inserting_before(node):
         packed = [_call(step, node, aten.transpose.int, _first(step, node, x), 0, 1) for x in (q, k, v)]
-        out = _call(step, node, torch.ops.dllmc.attention.default, *packed, segments, scale)
+        out = _call(step, node, torch.ops.dllmc.attention.default, *packed, segments, segments, scale)
         out = _call(step, node, aten.unsqueeze.default, _call(step, node, aten.transpose.int, out, 0, 1), 0)
     node.replace_all_uses_with(out)
     step.graph.erase_node(node)

@@ -62,6 +62,7 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
     counts = np.array([len(c) for c in candidates], np.int64)
     segment = np.repeat(np.arange(len(requests)), counts)
     position = np.concatenate(candidates)
+    row_ends = np.cumsum(counts)
     rows = int(position.size)
     padded = min(-(-rows // ROW_BUCKET) * ROW_BUCKET, max_rows)
     padding = np.zeros(padded - rows, np.int64)
@@ -70,6 +71,8 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
     twin_start = np.zeros(len(requests), np.int64)
     twin_start[is_guided] = starts[len(requests) :]
     twins = np.flatnonzero(is_guided[segment])
+    twin_ends = padded + np.cumsum(counts[is_guided])
+    span_ends = np.concatenate((row_ends, twin_ends))
     scales = np.array([r.params.cfg_scale for r in requests], np.float32)
 
     inputs = {
@@ -77,6 +80,7 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
         "positions": np.concatenate([np.arange(n) for n in lengths]),
         "segments": np.stack((starts, ends), axis=1),
         "rows": np.concatenate((starts[segment] + position, padding, (twin_start[segment] + position)[twins])),
+        "row_spans": np.stack((span_ends - np.concatenate((counts, counts[is_guided])), span_ends), axis=1),
         "guided": twins,
         "guidance": scales[segment][twins],
         "row_segment": np.concatenate((segment, padding)),

@@ -118,16 +118,18 @@ def test_decode_benchmark_refuses_other_tokens(tmp_path: Path, monkeypatch: pyte
 
 
 def test_head_benchmark(tmp_path: Path) -> None:
-    """A tiny run has a record for every number of rows, with the ratios of its medians."""
+    """A tiny run has a record for every dtype and number of rows, with the ratios of its medians."""
     out = tmp_path / "head.json"
     arguments = ["--vocab", "3000", "--hidden", "16", "--rows", "1", "--rows", "5", "--repeats", "3", "--out", str(out)]
     done = CliRunner().invoke(head_cpu.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     records = json.loads(out.read_text())["results"]
-    assert [r["rows"] for r in records] == [1, 5]
+    dtypes = ("float32", "bfloat16", "float16")
+    assert [(r["dtype"], r["rows"]) for r in records] == [(dtype, rows) for dtype in dtypes for rows in (1, 5)]
     for r in records:
         head, gemm = (sorted(r["runs_ms"][name])[1] for name in ("head", "whole"))
         assert (r["head_ms"], r["gemm_ms"], r["of_gemm"]) == (head, gemm, head / gemm)
+        assert r["native"] or r["dtype"] != "float32"
 
 
 @pytest.mark.parametrize("resettable", [True, False])

@@ -98,7 +98,7 @@ class Case:
         """The CPU implementation, forced into tiles of that many columns."""
         tiling = Tiling(len(self.hidden), columns)
         head = self.hidden, self.weight, self.bias, self.scale
-        return decode_head.decode_tiles(*head, self.rows(), tiling, torch.empty(tiling.elements(0)))
+        return decode_head.decode_tiles(*head, self.rows(), tiling, torch.empty(tiling.elements))
 
     def rows(self) -> HeadRows:
         return HeadRows.of(self.row_segment, self.row_position, self.row_target, *tables(self.segments))

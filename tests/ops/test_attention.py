@@ -18,14 +18,17 @@ Array = NDArray[np.float64]
 UNTOUCHED = 77.0
 
 
-def expected_of(q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, int]], scale: float) -> Array:
-    """One query at a time, in float64; UNTOUCHED where no segment is."""
+Spans = list[tuple[int, int]]
+
+
+def expected_of(q: Tensor, k: Tensor, v: Tensor, segments: Spans, scale: float, spans: Spans | None = None) -> Array:
+    """One query at a time, in float64; UNTOUCHED where no span is. `spans`: the segments' queries, if not all."""
     queries, keys, values = (x.double().numpy() for x in (q, k, v))
     out = np.full(queries.shape, UNTOUCHED)
-    for start, end in segments:
+    for (first, last), (start, end) in zip(spans or segments, segments, strict=True):
         for head in range(q.shape[1]):
             shared = head * k.shape[1] // q.shape[1]
-            for token in range(start, end):
+            for token in range(first, last):
                 scores = keys[start:end, shared] @ queries[token, head] * scale
                 weights = np.exp(scores - scores.max())
                 out[token, head] = weights @ values[start:end, shared] / weights.sum()
@@ -74,7 +77,7 @@ def check(
 ) -> None:
     q, k, v = make(tokens, heads, dim)
     out = torch.full(q.shape, UNTOUCHED)
-    attention_out(q, k, v, torch.tensor(segments).view(-1, 2), scale, out)
+    attention_out(q, k, v, *[torch.tensor(segments).view(-1, 2)] * 2, scale, out)
     np.testing.assert_allclose(out.double().numpy(), expected_of(q, k, v, segments, scale), rtol=1e-4, atol=2e-5)
 
 
@@ -112,12 +115,39 @@ def test_any_segments(
     check(make, (kv_heads * group, kv_heads), dim, segments, end + 2, scale)
 
 
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    st.sampled_from(LAYOUTS), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 5)), max_size=4)
+)
+def test_fewer_or_more_queries_than_tokens(
+    make: Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]], sizes: list[tuple[int, int, int]]
+) -> None:
+    """A segment's queries stand anywhere, in any number, none too; each reads all of its segment and no other."""
+    segments, spans, tokens, queries = [], [], 0, 0
+    for length, gap, count in sizes:
+        segments.append((tokens, tokens + length))
+        spans.append((queries + gap, queries + gap + count))
+        tokens, queries = tokens + length, queries + gap + count
+    _, k, v = make(tokens + 1, (4, 2), 8)
+    q, _, _ = make(queries + 2, (4, 2), 8)
+    out, reference_out = torch.full(q.shape, UNTOUCHED), reference(q, k, v, *tables(spans, segments), 0.3)
+    attention_out(q, k, v, *tables(spans, segments), 0.3, out)
+    expected = expected_of(q, k, v, segments, 0.3, spans)
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(reference_out, np.where(expected == UNTOUCHED, 0, expected), rtol=1e-4, atol=2e-5)
+
+
+def tables(*spans: Spans) -> list[Tensor]:
+    """Each as the operator takes it: [segments, 2] int64."""
+    return [torch.tensor(listed, dtype=torch.int64).view(-1, 2) for listed in spans]
+
+
 def test_segments_longer_than_a_chunk_of_queries() -> None:
     """Every chunk of queries, the last one short, sees all keys of its segment and none of the next."""
     tokens, start = 2 * QUERY_CHUNK + 44, 10
     q, k, v = heads_first(tokens, (2, 1), 4)
     out = torch.full(q.shape, UNTOUCHED)
-    attention_out(q, k, v, torch.tensor([[start, tokens - 5], [tokens - 5, tokens]]), 0.5, out)
+    attention_out(q, k, v, *[torch.tensor([[start, tokens - 5], [tokens - 5, tokens]])] * 2, 0.5, out)
     expected = expected_of(q, k, v, [(start, tokens - 5), (tokens - 5, tokens)], 0.5)
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
 
@@ -126,7 +156,7 @@ def test_large_scores_do_not_overflow() -> None:
     """Scores of hundreds: one key takes all, and nothing becomes inf or nan."""
     q, k, v = (x * 40 for x in contiguous(9, (2, 1), 8))
     out = torch.empty(q.shape)
-    attention_out(q, k, v, torch.tensor([[0, 9]]), 1.0, out)
+    attention_out(q, k, v, *[torch.tensor([[0, 9]])] * 2, 1.0, out)
     np.testing.assert_allclose(out.double().numpy(), expected_of(q, k, v, [(0, 9)], 1.0), rtol=1e-3, atol=1e-3)
 
 
@@ -137,7 +167,7 @@ def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     """Inputs as they are rounded; sums at least in float32."""
     q, k, v = (x.to(dtype) for x in one_projection(30, (4, 2), 16))
     out = torch.empty_like(q)
-    attention_out(q, k, v, torch.tensor([[0, 11], [11, 30]]), 0.25, out)
+    attention_out(q, k, v, *[torch.tensor([[0, 11], [11, 30]])] * 2, 0.25, out)
     expected = expected_of(q, k, v, [(0, 11), (11, 30)], 0.25)
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=tolerance, atol=tolerance)
 
@@ -146,7 +176,7 @@ def test_the_reference_is_the_definition() -> None:
     """In float64, to the last digits; 0 outside segments."""
     q, k, v = (x.double() for x in one_projection(12, (6, 2), 5))
     expected = expected_of(q, k, v, [(1, 8), (9, 12)], 0.4)
-    found = reference(q, k, v, torch.tensor([[1, 8], [9, 12]]), 0.4).numpy()
+    found = reference(q, k, v, *[torch.tensor([[1, 8], [9, 12]])] * 2, 0.4).numpy()
     np.testing.assert_allclose(found, np.where(expected == UNTOUCHED, 0, expected), rtol=1e-12, atol=1e-12)
 
 
@@ -154,9 +184,9 @@ def test_as_a_torch_operator_and_as_an_instruction() -> None:
     """The graph's call returns what the bound call writes, with the shape and dtype that propagation assumes."""
     q, k, v = one_projection(12, (4, 2), 8)
     segments = torch.tensor([[0, 5], [5, 12]])
-    returned = torch.ops.dllmc.attention(q, k, v, segments, 0.3)
+    returned = torch.ops.dllmc.attention(q, k, v, segments, segments, 0.3)
     written = torch.empty(12, 4, 8)
-    operator("dllmc.attention.default").bind([q, k, v, segments, 0.3], [written], None)()
+    operator("dllmc.attention.default").bind([q, k, v, segments, segments, 0.3], [written], None)()
     assert torch.equal(returned, written)
-    meta = torch.ops.dllmc.attention(*(x.to("meta") for x in (q, k, v, segments)), 0.3)
+    meta = torch.ops.dllmc.attention(*(x.to("meta") for x in (q, k, v, segments, segments)), 0.3)
     assert (meta.shape, meta.dtype, meta.stride()) == (returned.shape, returned.dtype, returned.stride())

@@ -175,8 +175,21 @@ def test_half_precision_weights_give_float32_logits(dtype):
 def test_half_precision_weights_are_cast_in_parts():
     """Weights wider than the workspace are cast a few rows at a time."""
     wide, expected = decisive(random(6, 700, 2048).to(torch.bfloat16).to(torch.float32), 5)
-    assert Tiling.of(5, 700, 2048, torch.bfloat16) == Tiling(5, 700, 256)
+    assert Tiling.of(5, 700, 2048, torch.bfloat16) == Tiling(5, 700, 256, 256 * 2048)
     assert_results(wide.to(torch.bfloat16).run(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "hidden_size"),
+    [(8, 700, 2048), (9, 700, 2048), (32, 30_000, 8), (64, 20_000, 8), (65, 20_000, 8)],
+)
+def test_few_rows_and_more_give_the_same(dtype, rows, vocab, hidden_size):
+    """In several tiles, in parts of them, and whichever way round the product is faster."""
+    case = exact(rows, vocab, hidden_size, bias=True, scale=0.5)
+    token, _, _ = case.reference(torch.float32)
+    _, confidence, logprob = case.reference(torch.float64)
+    assert_results(case.to(dtype).run(), (token, confidence, logprob))
 
 
 sizes = st.integers(1, 5000)
@@ -187,16 +200,17 @@ sizes = st.integers(1, 5000)
 def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows, more, vocab, hidden_size, dtype):
     """What is planned for the most rows fits any call with as many or fewer, and stays at about 4 MiB."""
     planned = workspace_bytes(rows + more, vocab, hidden_size, dtype)
-    assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements(hidden_size) <= planned
-    assert planned <= workspace_of([(rows + more, hidden_size), (vocab, hidden_size)]) <= 4 << 20
+    assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements <= planned
+    hidden, weight = (torch.empty(n, hidden_size, dtype=dtype, device="meta") for n in (rows + more, vocab))
+    assert planned == workspace_of([hidden, weight]) <= 4 << 20
 
 
 def test_too_small_a_workspace_is_an_error():
     """The message says how much is needed and how much there is."""
     case = exact(3, 130, 7, bias=False, scale=1.0)
     outs = {name: torch.empty(3) for name in ("token", "confidence", "logprob")}
-    with pytest.raises(ProgramError, match="3 rows by 130 tokens need a workspace of 1560 bytes, found 1556"):
-        decode_head.decode_head_out(*case.args, **outs, workspace=torch.empty(1556, dtype=torch.uint8))
+    with pytest.raises(ProgramError, match="3 rows by 130 tokens need a workspace of 3120 bytes, found 3116"):
+        decode_head.decode_head_out(*case.args, **outs, workspace=torch.empty(3116, dtype=torch.uint8))
 
 
 def test_unknown_confidence_rule_is_an_error():
@@ -280,9 +294,8 @@ def test_neither_inductor_nor_dynamo_is_loaded():
 import sys, torch
 from dllmc.ops import decode_head
 one = torch.zeros(1, dtype=torch.int64)
-torch.ops.dllmc.decode_head(
-    torch.ones(1, 4), torch.eye(4), None, 1.0, one, one, one, torch.ones(1), one, torch.ones(1), one, one, one, one[None]
-)
+rows, tables = (one, one, one), (torch.ones(1), one, torch.ones(1), one, one, one, one[None])
+torch.ops.dllmc.decode_head(torch.ones(1, 4), torch.eye(4), None, 1.0, *rows, *tables)
 loaded = sorted({"torch._inductor", "torch._dynamo"} & sys.modules.keys())
 assert not loaded, loaded
 """

@@ -87,7 +87,7 @@ def test_attention_reads_segments() -> None:
     assert (
         lines(
             f"""
-        8 = attention(3, 5, 7, segments, {1 / math.sqrt(HEAD_DIM)})
+        8 = attention(3, 5, 7, segments, segments, {1 / math.sqrt(HEAD_DIM)})
         9 = transpose(8, 0, 1)
         10 = unsqueeze(9, 0)
         11 = transpose(10, 1, 2)

@@ -42,11 +42,11 @@ def learned_positions(module: Tiny, x: Tensor) -> Tensor:
     ("body", "calls"),
     [
         (lambda m, x: x.exp().sin(), 6),
-        (attend, 7),
-        (feed_forward, 16),
-        (part_of_several, 9),
-        (shared, 9),
-        (learned_positions, 9),
+        (attend, 10),
+        (feed_forward, 19),
+        (part_of_several, 12),
+        (shared, 12),
+        (learned_positions, 12),
     ],
     ids=("row-wise calls alone", "attention", "feed-forward", "one of several results", "shared", "a table"),
 )
@@ -61,7 +61,7 @@ def test_the_rows_are_those_of_all_logits(body: Body, calls: int) -> None:
 
 
 def test_the_gather_moves_above_calls_of_the_logits_alone() -> None:
-    """What attention reads is computed for every token; its result and the residual stream are gathered."""
+    """Keys and values are made of every token; the queries, what follows and the residual stream of the rows."""
     step = step_of(attend)
     run(step, PASSES)
     shown = text(step)
@@ -69,8 +69,14 @@ def test_the_gather_moves_above_calls_of_the_logits_alone() -> None:
     assert (
         lines(
             """
-        9 = attention(4, 6, 8, segments, 0.5)
-        10 = index_select(9, 0, rows)
+        3 = index_select(2, 2, rows)
+        4 = select(3, 0, 0)
+        5 = transpose(4, 0, 1)
+        6 = select(2, 0, 0)
+        7 = transpose(6, 0, 1)
+        8 = select(2, 0, 0)
+        9 = transpose(8, 0, 1)
+        10 = attention(5, 7, 9, row_spans, segments, 0.5)
         """
         )
         in shown
@@ -85,6 +91,23 @@ def test_the_gather_moves_above_calls_of_the_logits_alone() -> None:
             """
         )
     )
+
+
+def test_projections_of_queries_work_on_rows() -> None:
+    """What makes the last layer's queries does so for the rows; the layer below, and all keys, for every token."""
+
+    def projected(module: Tiny, x: Tensor) -> Tensor:
+        q, k = (heads_of(F.linear(x, module.qkv.weight[i : i + 8])) for i in (0, 8))
+        return F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+    step = step_of(lambda module, x: projected(module, x + projected(module, x)))
+    all_logits = execute_alone(step, INPUTS)
+    run(step, PASSES)
+    linears = [n for n in step.calls() if "linear" in str(n.target)]
+    assert [step.axis_of(n) is None for n in linears] == [False, False, True, False, True]
+    first, last = (n for n in step.calls() if "attention" in str(n.target))
+    assert [str(n.args[3]) for n in (first, last)] == ["segments", "row_spans"]
+    torch.testing.assert_close(execute(step, INPUTS)["logits"], all_logits[INPUTS["rows"]], rtol=0, atol=1e-6)
 
 
 def test_all_results_of_a_call_move_with_it() -> None:
