@@ -36,12 +36,12 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def new_model(config: dict[str, object]) -> LLaDAModel:
-    """Normal weights of deviation 0.02, smaller where a block adds to the residual stream."""
+    """Normal weights of deviation 0.02, smaller where attention adds to the residual stream."""
     model = LLaDAModel(LLaDAConfig.from_dict(config))
     adding = 0.02 / math.sqrt(2 * model.config.n_layers)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            nn.init.normal_(p, std=adding if name.endswith(("attn_out.weight", "blocks.ff_out.weight")) else 0.02)
+            nn.init.normal_(p, std=adding if name.endswith("attn_out.weight") else 0.02)
     return model
 
 

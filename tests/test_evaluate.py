@@ -43,8 +43,7 @@ def test_sampling_is_the_callers(engine: dllmc.Engine) -> None:
 def test_a_file_of_examples(engine: dllmc.Engine, tmp_path: Path) -> None:
     """Half of the outputs are not what the model says."""
     examples = sudoku.TASK.examples(4, 9)
-    unique = [e for e in examples if e.input.count("0") <= 12]
-    lines = [{"input": e.input, "output": e.output if i % 2 else "1234"} for i, e in enumerate(unique)]
+    lines = [{"input": e.input, "output": e.output if i % 2 else "1234"} for i, e in enumerate(examples)]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     report = evaluate(engine, str(file), sampling=LENGTHS)

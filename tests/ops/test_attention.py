@@ -19,6 +19,7 @@ UNTOUCHED = 77.0
 
 
 Spans = list[tuple[int, int]]
+Make = Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]]  # tokens, (q, kv) heads, head size
 
 
 def expected_of(q: Tensor, k: Tensor, v: Tensor, segments: Spans, scale: float, spans: Spans | None = None) -> Array:
@@ -68,7 +69,7 @@ LAYOUTS = (contiguous, one_projection, heads_first, mixed)
 
 
 def check(
-    make: Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]],
+    make: Make,
     heads: tuple[int, int],
     dim: int,
     segments: list[tuple[int, int]],
@@ -84,9 +85,7 @@ def check(
 @pytest.mark.parametrize("make", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (6, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("dim", [2, 8, 20, 64])
-def test_shapes_and_layouts(
-    make: Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]], heads: tuple[int, int], dim: int
-) -> None:
+def test_shapes_and_layouts(make: Make, heads: tuple[int, int], dim: int) -> None:
     """One to eight query heads a KV head, head sizes that are no multiple of a vector, views of any strides."""
     check(make, heads, dim, [(0, 3), (3, 4), (4, 21)], 21, 1 / math.sqrt(dim))
 
@@ -100,7 +99,7 @@ def test_shapes_and_layouts(
     st.floats(0.05, 2),
 )
 def test_any_segments(
-    make: Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]],
+    make: Make,
     heads: tuple[int, int],
     dim: int,
     gaps_and_lengths: list[tuple[int, int]],
@@ -119,9 +118,7 @@ def test_any_segments(
 @given(
     st.sampled_from(LAYOUTS), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 5)), max_size=4)
 )
-def test_fewer_or_more_queries_than_tokens(
-    make: Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]], sizes: list[tuple[int, int, int]]
-) -> None:
+def test_fewer_or_more_queries_than_tokens(make: Make, sizes: list[tuple[int, int, int]]) -> None:
     """A segment's queries stand anywhere, in any number, none too; each reads all of its segment and no other."""
     segments, spans, tokens, queries = [], [], 0, 0
     for length, gap, count in sizes:
