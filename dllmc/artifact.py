@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def write(
             (building / "programs").mkdir(parents=True)
             for name, program in programs.items():
                 _write_json(building / "programs" / f"{name}.json", to_json(program))
-            shards = list(_write_weights(building, tensors))
+            names = sorted({name for program in programs.values() for name in program.weights})
+            shards = list(_write_weights(building, names, tensors))
             tokenizer = [shutil.copyfile(file, building / file.name).name for file in tokenizer_files]
             files = sorted(path for path in building.rglob("*") if path.is_file())
             manifest = {
@@ -197,23 +199,27 @@ def _memory(programs: Mapping[str, Program]) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
+def _write_weights(folder: Path, names: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Tensors are asked for one at a time, since some may be made only then; a shard is written once it is full."""
+    shard: dict[str, torch.Tensor] = {}
+    files = (f"weights-{number:05d}.safetensors" for number in count(1))
+    for name in names:
+        tensor = tensors[name].contiguous()
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield _write_shard(folder / next(files), shard)
+            shard = {}
+        shard[name] = tensor
+    yield _write_shard(folder / next(files), shard)
+
+
+def _write_shard(file: Path, shard: Mapping[str, torch.Tensor]) -> str:
     addresses = set[int]()
-    for name, tensor in sorted(tensors.items()):
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        tensor = tensor.contiguous()
-        # safetensors takes no two names for one memory, which parameters that share their data are.
-        shards[-1][name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+    own = {}  # safetensors takes no two names for one memory, which parameters that share their data are
+    for name, tensor in shard.items():
+        own[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
         addresses.add(tensor.data_ptr())
-        size += tensor.nbytes
-    for number, shard in enumerate(shards, start=1):
-        file = f"weights-{number:05d}.safetensors"
-        save_file(shard, folder / file)
-        yield file
+    save_file(own, file)
+    return file.name
 
 
 def _check_file(path: Path, name: str, entry: Any) -> None:

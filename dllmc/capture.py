@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import HINTS, Role, StepGraph, is_users, line_of
+from dllmc.ir.step_graph import HINTS, Role, StepGraph, Tensors, is_users, line_of
 from dllmc.spec import ModelSpec
 
 _PREFIX = "module."
@@ -95,7 +95,7 @@ def _step_graph(exported: ExportedProgram, spec: ModelSpec, maxima: dict[str, in
             storages.add(storage._cdata)
     inputs = module.graph.find_nodes(op="placeholder")
     tokens = next(n for n in inputs if roles[n.name].kind == "input").meta["val"]
-    step = StepGraph(module, spec, maxima, tokens.fake_mode, roles, tensors, {})
+    step = StepGraph(module, spec, maxima, tokens.fake_mode, roles, Tensors(tensors), {})
     step.symbols[tokens.shape[0].node.expr] = "tokens"
     step._sizes["tokens"] = tokens.shape[0]
     (logits,) = step.output_nodes()

@@ -1,6 +1,6 @@
 """The whole compiler: open the model, capture a step, run the passes, write the artifact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count
@@ -13,11 +13,18 @@ from dllmc import artifact
 from dllmc.artifact import Artifact
 from dllmc.capture import capture
 from dllmc.errors import ConfigError
+from dllmc.ir.step_graph import StepGraph
 from dllmc.models import checkpoint
 from dllmc.passes import pipeline
+from dllmc.passes.base import LogEntry, Observer, Pass, Values
+from dllmc.passes.verify import NumericCheck
+from dllmc.runtime.executor import Executor
 from dllmc.spec import ModelSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
+VERIFY = ("none", "numeric")
+# The input that is as long as each size of a step.
+_SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "segments": "segments"}
 
 
 @dataclass(frozen=True)
@@ -29,21 +36,30 @@ class CompileOptions:
     max_logit_rows: masked positions that a step predicts; a block may be no longer.
     dtype: of a checkpoint's weights and activations, one of `DTYPES`; statistics of norms, softmax and logits are
         float32 in each. A bare module is compiled in the dtypes that it has.
-    passes: pipeline text; see `dllmc.passes.pipeline`.
+    passes: pipeline text, see `dllmc.passes.pipeline`, or the passes themselves.
+    verify: "numeric" runs the graph before and after each pass on random inputs, and the program at the end, and
+        raises `PassError` where they disagree; for it a step must take its weights into memory.
     """
 
     max_tokens_per_step: int = 4096
     max_requests: int = 64
     max_logit_rows: int = 1024
     dtype: str = "float32"
-    passes: str = pipeline.DEFAULT_PIPELINE
+    passes: str | tuple[Pass, ...] = pipeline.DEFAULT_PIPELINE
+    verify: str = "none"
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens_per_step", 2), ("max_requests", 1), ("max_logit_rows", 1)):
             if not least <= getattr(self, name) < 2**31:
                 raise ConfigError(f"{name}: expected {least} or more, below 2**31, found {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        for name, choices in (("dtype", DTYPES), ("verify", VERIFY)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
+
+    @property
+    def pipeline(self) -> tuple[Pass, ...]:
+        """The passes. Raises `PassError` where their text is no pipeline."""
+        return pipeline.parse(self.passes) if isinstance(self.passes, str) else self.passes
 
     @property
     def maxima(self) -> dict[str, int]:
@@ -57,46 +73,71 @@ def compile(
     out: str | Path,
     options: CompileOptions | None = None,
     spec: ModelSpec | None = None,
+    *,
     on_stage: Callable[[str, int, int], object] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Artifact:
     """Compile a checkpoint folder, a hub id or a module into an artifact directory at `out`.
 
     `spec` is needed for a bare module, which maps token ids [1, T] to logits [1, T, V]; a checkpoint brings its own.
     `on_stage(name, done, stages)` is called before each stage: opening the model, capturing, every pass, writing.
-    Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError` or `ArtifactError`.
+    `observers` look on while the passes run. Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError` or
+    `ArtifactError`.
     """
     options = options or CompileOptions()
-    passes = pipeline.parse(options.passes)
-    begins = _counting(on_stage, len(passes) + 3)
-    begins("load the model")
+    stages = _Stages(on_stage, len(options.pipeline) + 3)
+    stages.begin("load the model")
     model, spec, tokenizer_files = _open(source, spec, options)
-    begins("capture a step")
-    step = capture(model, spec, options.maxima)
-    log = pipeline.run(step, passes, on_pass=begins)
+    stages.begin("capture a step")
+    step, log = rewrite(model, spec, options, stages, *observers)
     if step.program is None or step.program.arena_bytes is None:
         raise ConfigError(f"passes {options.passes!r} make no planned program; end them with lower,plan-memory")
-    begins("write the artifact")
+    stages.begin("write the artifact")
     return artifact.write(
         Path(out),
         spec=spec,
         programs={step.program.name: step.program},
-        tensors={name: step.tensors[name] for name in step.program.weights},
+        tensors=step.tensors,
         tokenizer_files=tokenizer_files,
-        options=asdict(options),
+        options=asdict(options) | {"passes": pipeline.text_of(options.pipeline)},
         passes=[{"pass": entry.text, "modified": entry.modified, **entry.stats} for entry in log],
         versions={"dllmc": version("dllmc"), "torch": torch.__version__},
     )
 
 
-def _counting(on_stage: Callable[[str, int, int], object] | None, stages: int) -> Callable[[object], None]:
-    """What to call with each stage as it begins; it knows how many there have been."""
-    done = count()
+def rewrite(
+    model: nn.Module, spec: ModelSpec, options: CompileOptions, *observers: Observer
+) -> tuple[StepGraph, tuple[LogEntry, ...]]:
+    """Capture a step of a module and run the passes on it: the compiler without its files.
 
-    def begins(stage: object) -> None:
-        if on_stage is not None:
-            on_stage(str(stage), next(done), stages)
+    Raises `CaptureError` or `PassError`.
+    """
+    step = capture(model, spec, options.maxima)
+    checks = [NumericCheck(_execute)] if options.verify == "numeric" else []
+    return step, pipeline.run(step, options.pipeline, *checks, *observers)
 
-    return begins
+
+class _Stages(Observer):
+    """Tells `on_stage` of each stage as it begins, passes among them."""
+
+    def __init__(self, on_stage: Callable[[str, int, int], object] | None, stages: int) -> None:
+        self._tell, self._stages, self._done = on_stage, stages, count()
+
+    def begin(self, stage: str) -> None:
+        if self._tell is not None:
+            self._tell(stage, next(self._done), self._stages)
+
+    def before(self, current: Pass, step: StepGraph) -> None:
+        self.begin(str(current))
+
+
+def _execute(step: StepGraph, inputs: Values) -> Values:
+    """Run a planned program as an engine does."""
+    assert step.program is not None
+    sizes = {symbol: len(inputs[name]) for symbol, name in _SIZED_BY.items()}
+    executor = Executor(step.program, {name: step.tensors[name] for name in step.program.weights})
+    outputs = executor.run(sizes, {name: inputs[name].numpy() for name in step.program.inputs})
+    return {name: torch.from_numpy(value.copy()) for name, value in outputs.items()}
 
 
 def _open(

@@ -5,9 +5,10 @@ Passes rewrite `graph`; the pipeline then calls `propagate`, which brings `meta[
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import sympy
@@ -25,6 +26,9 @@ from dllmc.spec import ModelSpec
 # Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
 HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
 
+# What export notes at a node of where it came from.
+_ORIGIN = ("stack_trace", "nn_module_stack")
+
 _NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", "torch/", str(Path(__file__).parents[1] / "capture.py"))
 
 
@@ -34,6 +38,21 @@ class Role:
 
     kind: Literal["input", "weight", "constant"]
     name: str
+
+
+class Tensors(dict[str, torch.Tensor]):
+    """Weights and constants by name. A joined weight is made anew whenever it is asked for, so none is kept twice."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        super().__init__(tensors)
+        self._parts: dict[str, tuple[str, ...]] = {}
+
+    def join(self, name: str, parts: Sequence[str]) -> None:
+        """Name the concatenation of tensors along their first axis."""
+        self._parts[name] = tuple(parts)
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return torch.cat([self[part] for part in self._parts[name]])
 
 
 @dataclass
@@ -49,7 +68,7 @@ class StepGraph:
     maxima: dict[str, int]
     fake_mode: FakeTensorMode
     roles: dict[str, Role]
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     symbols: dict[sympy.Symbol, str]
     outputs: tuple[str, ...] = ("logits",)
     program: Program | None = None
@@ -84,6 +103,23 @@ class StepGraph:
         self.graph.output_node().args = (tuple(outputs.values()),)
         self.outputs = tuple(outputs)
 
+    def call(self, target: Any, *args: Any, origin: fx.Node) -> fx.Node:
+        """A new call where the graph is being edited, traced back to what `origin` came from in the user's model."""
+        node = self.graph.call_function(target, args)
+        node.meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let all that reads `old` read `new`, and erase what then serves nothing; every operator is pure."""
+        old.replace_all_uses_with(new)
+        unused = [old]
+        while unused:
+            node = unused.pop()
+            if not node.users and node.op == "call_function":
+                inputs = node.all_input_nodes
+                self.graph.erase_node(node)
+                unused += inputs
+
     def size(self, symbol: str) -> SymInt:
         """The symbolic size of that name; made on first use."""
         if symbol not in self._sizes:
@@ -111,6 +147,14 @@ class StepGraph:
         with self.fake_mode:
             value = torch.empty(tuple(shape), dtype=dtype)
         return self._add_placeholder(Role("input", name), value)
+
+    def join_weights(self, weights: Sequence[fx.Node]) -> fx.Node:
+        """A new weight: those of the given placeholders one after the other along their first axis."""
+        names = [self.roles[node.name].name for node in weights]
+        self.tensors.join(joined := "+".join(names), names)
+        with self.fake_mode:
+            value = torch.cat([node.meta["val"] for node in weights])
+        return self._add_placeholder(Role("weight", joined), value)
 
     def add_constant(self, name: str, value: torch.Tensor) -> fx.Node:
         """A new constant, whose bytes travel with the weights."""
@@ -165,7 +209,10 @@ class StepGraph:
         return axes[0]
 
     def propagate(self) -> None:
-        """Recompile and recompute every `meta["val"]`. Raises `CaptureError` where a call fixes a size of the step."""
+        """Recompile and bring every `meta["val"]` up to date; what is computed from what it was before stays as it is.
+
+        Raises `CaptureError` where a call fixes a size of the step.
+        """
         self.module.recompile()
         propagation = _Propagation(self)
         propagation.propagate_dont_convert_inputs(*(node.meta["val"] for node, _ in self.placeholders()))
@@ -178,7 +225,10 @@ class StepGraph:
 
 
 class _Propagation(FakeTensorProp):
-    """Fake propagation that notices when a size stops being symbolic: torch then takes the hint for the size."""
+    """Fake propagation that recomputes only what has changed, since a deep model has thousands of calls.
+
+    It notices when a size stops being symbolic: torch then takes the hint for the size.
+    """
 
     def __init__(self, step: StepGraph) -> None:
         super().__init__(step.module, step.fake_mode)
@@ -186,10 +236,51 @@ class _Propagation(FakeTensorProp):
         self.fixed: tuple[fx.Node, str] | None = None
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        before, old = n.meta.get("computed_from"), n.meta.get("val")
+        now = n.target, n.args, n.kwargs, [_Same(source.meta["val"]) for source in n.all_input_nodes]
+        if before == now:
+            return old
         result = super().run_node(n)
+        n.meta["computed_from"] = now
+        if before is not None and before[0] == n.target and _makes_memory(n) and _layout(old) == _layout(result):
+            result = n.meta["val"] = old  # so what is computed from it need not be computed anew
         if self.fixed is None and (symbol := self.step.fixed_size()) is not None:
             self.fixed = n, symbol
         return result
+
+
+def _makes_memory(node: fx.Node) -> bool:
+    """Whether a call's one result never shares its memory with an input."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and [r.alias_info for r in schema.returns] == [None]
+
+
+def _layout(value: Any) -> object:
+    """All that fake propagation knows of a value but its memory; unlike anything else where it is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return object()
+    sizes: Sequence[Any] = (*value.shape, *value.stride(), value.storage_offset())
+    return value.dtype, value.device, [size if isinstance(size, int) else size.node.expr for size in sizes]
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A value that equals itself alone: fake tensors cannot be compared."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def layer_of(node: fx.Node) -> str:
+    """The path of the repeated layer that a call belongs to, `model.layers.3` say; empty outside of any."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    match = re.match(r"(?:module\.)?(.*?\.\d+)(?:\.|$)", max(paths, key=len, default=""))
+    return match[1] if match else ""
 
 
 def source_line(node: fx.Node) -> str:

@@ -10,10 +10,13 @@ from dllmc.errors import CaptureError
 from dllmc.ir.step_graph import StepGraph, describe
 from dllmc.ops import decode_head, guide_rows  # noqa: F401  (register the operators)
 from dllmc.ops.facts import argument
-from dllmc.passes.base import Pass, PassResult
+from dllmc.passes.base import Pass, PassResult, Values
 from dllmc.spec import MAX_SUPPRESS_TOKENS
 
 aten = torch.ops.aten
+
+# Logits that are closer than this may change places when they are rounded otherwise.
+NEAR_TIE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ class FuseHead(Pass):
             picked = [call(operator.getitem, (head, i)) for i in range(3)]
         step.set_outputs(token=picked[0], confidence=picked[1], logprob=picked[2])
         return PassResult(True, {"vocab": step.spec.vocab_size})
+
+    def expected(self, step: StepGraph, before: Values, inputs: Values) -> Values:
+        """Of greedy steps without guidance: the best token, where one is clearly best, and its probability."""
+        logprobs = before["logits"].double().log_softmax(dim=-1)
+        best = logprobs.topk(2, dim=-1)
+        clear = best.values[:, 0] - best.values[:, 1] > NEAR_TIE[before["logits"].dtype]
+        logprob = best.values[:, 0].float()
+        return {"token": best.indices[:, 0].where(clear, -1), "confidence": logprob.exp(), "logprob": logprob}
 
 
 def _head(node: fx.Node) -> tuple[fx.Node, float]:

@@ -9,7 +9,7 @@ from torch import fx
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ops import attention as _registers  # noqa: F401
 from dllmc.ops.facts import is_row_wise
-from dllmc.passes.base import Pass, PassResult
+from dllmc.passes.base import Pass, PassResult, Values
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.dllmc.attention.default
@@ -53,6 +53,13 @@ class SelectLogitRows(Pass):
         for attention in (node for node in region if node.target is ATTENTION):
             attention.update_arg(3, step.add_input("row_spans", (step.size("segments"), 2), torch.int64))
         return PassResult(True, {"calls_on_rows": len(region) - 1, "gathers": len(gathered)})
+
+    def expected(self, step: StepGraph, before: Values, inputs: Values) -> Values:
+        """The logits of the wanted rows."""
+        rows = inputs["rows"]
+        if step.spec.shifted:
+            rows = rows - (inputs["positions"][rows] > 0).long()
+        return {"logits": before["logits"][rows]}
 
 
 def _region(step: StepGraph) -> dict[fx.Node, None]:

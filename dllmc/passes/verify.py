@@ -1,0 +1,174 @@
+"""Translation validation: after each pass, the graph before and after it is run on the same random inputs.
+
+The outputs must agree; where they do not, the first value that both graphs have and disagree on is named.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from dllmc.errors import PassError
+from dllmc.ir.step_graph import Role, StepGraph, describe
+from dllmc.passes.base import LogEntry, Observer, Pass, Values
+from dllmc.spec import MAX_SUPPRESS_TOKENS
+
+# Largest difference that rounding may make, relative to the largest number of the value.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# Lengths of the segments that steps are made of: of one while a graph knows no segments, then of three.
+ONE, SEVERAL = ((3,), (24,)), ((24,), (5, 1, 9))
+
+
+Execute = Callable[[StepGraph, Values], Values]
+
+
+class NumericCheck(Observer):
+    """Raises `PassError` after a pass that changed what the step computes.
+
+    `execute` runs the program of a step that has been planned; without it programs are not compared with their graph.
+    `errors` holds the largest relative error of each pass that was checked, in order. Weights are needed: a model on
+    the meta device cannot be verified.
+    """
+
+    def __init__(self, execute: Execute | None = None) -> None:
+        self.errors: list[tuple[str, float]] = []
+        self._execute = execute
+        self._before: _Copy | None = None
+
+    def before(self, current: Pass, step: StepGraph) -> None:
+        if any(tensor.is_meta for tensor in step.tensors.values()):
+            raise PassError("verify='numeric' runs the graph, but its weights are on the meta device; load them")
+        self._before = _Copy(step)
+
+    def after(self, current: Pass, step: StepGraph, entry: LogEntry) -> None:
+        before, after = self._before, _Copy(step)
+        assert before is not None
+        if entry.modified:
+            several = "segments" in before.inputs & after.inputs
+            cases = [random_inputs(step, lengths) for lengths in (SEVERAL if several else ONE)]
+            errors = [_compare_graphs(current, step, before, after, inputs) for inputs in cases]
+        elif step.program is not None and step.program.arena_bytes is not None and self._execute is not None:
+            cases = [random_inputs(step, lengths) for lengths in SEVERAL]
+            both = [(after.run(inputs)[0], self._execute(step, inputs)) for inputs in cases]
+            errors = [_compare(current, *outputs, after.tolerance, _in_the_program) for outputs in both]
+        else:
+            return
+        self.errors.append((entry.text, max(errors)))
+
+
+def random_inputs(step: StepGraph, lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """All inputs that a step can have, greedy and without guidance, for segments of these lengths.
+
+    Lengths are cut to what the step can take; about half of each segment's tokens are rows of the head.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    most = step.maxima
+    longest = min(step.spec.max_positions, most["tokens"] // min(len(lengths), most["segments"]))
+    cut = [min(length, longest) for length in lengths[: most["segments"]]]
+    positions = torch.cat([torch.arange(length) for length in cut])
+    of_token = torch.repeat_interleave(torch.arange(len(cut)), torch.tensor(cut))
+    drawn = (torch.rand(len(positions), generator=generator) < 0.5).nonzero()[: most["rows"], 0]
+    rows = drawn if len(drawn) else torch.tensor([0])
+    ends, row_ends = (torch.bincount(of, minlength=len(cut)).cumsum(0) for of in (of_token, of_token[rows]))
+    none = torch.zeros(len(cut), dtype=torch.int64)
+    return {
+        "token_ids": torch.randint(step.spec.vocab_size, positions.shape, generator=generator),
+        "positions": positions,
+        "segments": _spans(ends),
+        "rows": rows,
+        "row_spans": _spans(row_ends),
+        "guided": none[:0],
+        "guidance": none[:0].float(),
+        "row_segment": of_token[rows],
+        "row_position": positions[rows],
+        "row_target": torch.full_like(rows, -1),
+        "temperature": none.float(),
+        "top_k": none,
+        "top_p": torch.ones(len(cut)),
+        "confidence_rule": none,
+        "seed": none,
+        "step": none,
+        "suppressed": torch.full((len(cut), MAX_SUPPRESS_TOKENS), -1),
+    }
+
+
+def _spans(ends: Tensor) -> Tensor:
+    return torch.stack((torch.cat((ends.new_zeros(1), ends[:-1])), ends), dim=1)
+
+
+class _Copy:
+    """A graph as it is now, which runs on real tensors."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.tensors = step.tensors
+        dtypes = {node.meta["val"].dtype for node, _ in step.placeholders()}
+        self.tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
+        self.outputs = step.outputs
+        self.roles: list[Role] = [role for _, role in step.placeholders()]
+        self.inputs = {role.name for role in self.roles if role.kind == "input"}
+        copies: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(step.graph, copies))
+        self.module = fx.GraphModule(step.module, graph)
+        self.originals = {copy: node for node, copy in copies.items()}
+
+    @torch.no_grad()
+    def run(self, inputs: Values) -> tuple[dict[str, Tensor], dict[fx.Node, Tensor]]:
+        """What the graph returns, by name, and each tensor that it computes, by the node of the step."""
+        values = [inputs[role.name] if role.kind == "input" else self.tensors[role.name] for role in self.roles]
+        interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
+        outputs = interpreter.run(*values)
+        computed = {self.originals[n]: v for n, v in interpreter.env.items() if isinstance(v, Tensor)}
+        return dict(zip(self.outputs, outputs, strict=True)), computed
+
+
+def _compare_graphs(current: Pass, step: StepGraph, before: _Copy, after: _Copy, inputs: Values) -> float:
+    (was, old), (now, new) = before.run(inputs), after.run(inputs)
+    expected, tolerance = current.expected(step, was, inputs), max(before.tolerance, after.tolerance)
+    return _compare(current, expected, now, tolerance, lambda: _first_difference(step, old, new))
+
+
+def _compare(current: Pass, expected: Values, found: Values, tolerance: float, where: Callable[[], str]) -> float:
+    """The largest relative error of the outputs. Raises `PassError` where one is beyond what rounding explains."""
+    if set(expected) != set(found):
+        raise PassError(f"pass {current.name!r}: the step returns {sorted(found)}, expected {sorted(expected)}")
+    errors = {name: _error(expected[name], found[name]) for name in expected}
+    worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] > tolerance:
+        raise PassError(
+            f"pass {current.name!r} changed what the step computes: the largest relative error of {worst!r} is "
+            f"{errors[worst]:.2g}, expected at most {tolerance:.0e} on random inputs; {where()}"
+        )
+    return errors[worst]
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    """The largest difference relative to the largest number; infinite where shapes or undefined values differ."""
+    if expected.shape != found.shape:
+        return math.inf
+    if not expected.is_floating_point():
+        return math.inf if (expected != found)[expected >= 0].any() else 0.0
+    a, b = expected.double(), found.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    largest = a[a.isfinite()].abs().max().clamp(min=1e-6) if a.isfinite().any() else torch.tensor(1.0)
+    return float(((a - b).abs() / largest)[~same].nan_to_num(nan=math.inf).max())
+
+
+def _in_the_program() -> str:
+    return "the graph is as it was, the program made from it computes something else"
+
+
+def _first_difference(step: StepGraph, old: Mapping[fx.Node, Tensor], new: Mapping[fx.Node, Tensor]) -> str:
+    """The first value of the graph that it had before the pass and that is another now, and what it was made from."""
+    for node in step.calls():
+        if node not in old or node not in new or old[node].shape != new[node].shape:
+            continue
+        if (error := _error(old[node], new[node])) > TOLERANCES.get(old[node].dtype, 0.0):
+            made = [n.name for n in node.all_input_nodes if n not in old]
+            by = f"; it reads {', '.join(made)}, which this pass made" if made else ""
+            return f"the first value that differs is {describe(node)}, by {error:.2g}{by}"
+    return "no value that the graph had before differs"
