@@ -16,6 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU, Triton kernels are tested by interpretation; Triton asks when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import dllmc
 from tests.golden.cases import FOLDERS, ROOT
 
@@ -49,6 +53,14 @@ def compiled(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of examples/, compiled with default options."""
     source = Path(__file__).parents[1] / "examples" / name
     return dllmc.compile(source, tmp_path_factory.mktemp("artifacts") / name).path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a CUDA device are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,7 @@
 """Torch's own operators that a program may name: each writes into a given output, none allocates one.
 
-Names are those of the functional overloads. A program's operand list is the overload's positional arguments.
+Names are those of the functional overloads. A program's operand list is the overload's positional arguments, then
+those of its keyword options that `OPTIONS` names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.sin.default": torch.sin,
     "aten.softmax.int": torch.softmax,
     "aten.sqrt.default": torch.sqrt,
+    "aten.stack.default": torch.stack,
     "aten.sub.Scalar": torch.sub,
     "aten.sub.Tensor": torch.sub,
     "aten.sum.dim_IntList": torch.sum,
@@ -56,9 +58,24 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
 }
 
 
-def _bind_with_out(function: Callable[..., object]) -> Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Call]:
+# Keyword options that an operator takes as trailing operands, in the order of its schema.
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "aten.add.Tensor": ("alpha",),
+    "aten.gelu.default": ("approximate",),
+    "aten.mean.dim": ("dtype",),
+    "aten.sub.Tensor": ("alpha",),
+    "aten.sum.dim_IntList": ("dtype",),
+}
+
+
+def _bind_with_out(name: str) -> Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Call]:
+    _, packet, overload = name.split(".")
+    schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+    positional = sum(not argument.kwarg_only for argument in schema.arguments)
+
     def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
-        return partial(function, *args, out=outs[0])
+        options = dict(zip(OPTIONS.get(name, ()), args[positional:], strict=False))
+        return partial(_WITH_OUT[name], *args[:positional], out=outs[0], **options)
 
     return bind
 
@@ -77,7 +94,7 @@ def _bind_power(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor |
 
 
 BINDERS = {
-    **{name: _bind_with_out(function) for name, function in _WITH_OUT.items()},
+    **{name: _bind_with_out(name) for name in _WITH_OUT},
     "aten.pow.Tensor_Scalar": _bind_power,
     "aten.square.default": _bind_square,
 }

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dllmc.ops import glu, norms, rope  # noqa: F401  (they register what is named here)
+
 aten = torch.ops.aten
+dllmc = torch.ops.dllmc
 
 POINTWISE = frozenset(
     (
@@ -22,6 +25,7 @@ POINTWISE = frozenset(
         aten.clamp.default,
         aten.clamp_max.default,
         aten.clamp_min.default,
+        aten.clone.default,
         aten.cos.default,
         aten.div.Scalar,
         aten.div.Tensor,
@@ -50,6 +54,7 @@ POINTWISE = frozenset(
         aten.sub.Tensor,
         aten.tanh.default,
         aten.to.dtype,
+        dllmc.glu.default,
     )
 )
 
@@ -73,10 +78,28 @@ _ALONG_DIMS: Mapping[object, int] = {
     aten.var.dim: 1,
 }
 # Operators on the last dimension, or on the trailing shape that argument 1 gives.
-_ALONG_LAST = frozenset((aten.linear.default,))
+_ALONG_LAST = frozenset(
+    (
+        aten.linear.default,
+        dllmc.add_layer_norm.default,
+        dllmc.add_rms_norm.default,
+        dllmc.rms_norm.default,
+    )
+)
 _ALONG_TRAILING = frozenset((aten.layer_norm.default, aten.rms_norm.default))
+# Operators that keep rows apart along these axes of their operands, taken together (None: the operand has no rows).
+_ALONG_AXES: Mapping[object, Sequence[tuple[int | None, ...]]] = {
+    dllmc.rope.default: ((0, 0, 0, None), (0, None, None, 0), (1, None, None, None)),
+}
 _MOVES = frozenset(
-    (aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.t.default, aten.expand.default)
+    (
+        aten.transpose.int,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.t.default,
+        aten.expand.default,
+        aten.stack.default,
+    )
 )
 _RESHAPES = frozenset(
     (
@@ -109,6 +132,8 @@ def is_row_wise(node: fx.Node, axis_of: AxisOf) -> bool:
     if target is aten.matmul.default:
         factors = [axis_of(factor) for factor in node.args]  # type: ignore[arg-type]
         return None in factors  # what is summed over, or multiplied row by row, both factors have
+    if target in _ALONG_AXES:
+        return tuple(axis_of(n) if isinstance(n, fx.Node) else None for n in node.args) in _ALONG_AXES[target]
     if target in _MOVES:
         return True
     if target in _RESHAPES:

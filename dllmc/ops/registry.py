@@ -11,29 +11,38 @@ from typing import Any
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops import attention, decode_head, elementwise, guide_rows, linear, norms
+from dllmc.ops import attention, decode_head, elementwise, glu, guide_rows, linear, norms, rope
 
 Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """How a named operator runs. `workspace_bytes` maps a call's tensors, in order and of any device, to bytes."""
+    """How a named operator runs. `workspace_bytes` maps a call's tensors, in order and of any device, to bytes.
+
+    `options`: the keyword options that `bind` takes, behind the positional operands, in the order of the schema.
+    """
 
     bind: Bind
     workspace_bytes: Callable[[Sequence[Tensor]], int] = lambda tensors: 0
+    options: tuple[str, ...] = ()
 
 
 OPERATORS: dict[str, Operator] = {
     "copy": Operator(elementwise.bind_copy),
     "aten.embedding.default": Operator(elementwise.bind_embedding),
-    "aten.layer_norm.default": Operator(norms.bind_layer_norm, norms.layer_norm_workspace),
+    "aten.layer_norm.default": Operator(norms.bind_layer_norm),
     "aten.linear.default": Operator(linear.bind, linear.workspace_of),
-    "aten.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace),
+    "aten.rms_norm.default": Operator(norms.bind_torch_rms_norm, norms.rms_norm_workspace),
+    "dllmc.add_layer_norm.default": Operator(norms.bind_add_layer_norm),
+    "dllmc.add_rms_norm.default": Operator(norms.bind_add_rms_norm, norms.add_rms_norm_workspace),
     "dllmc.attention.default": Operator(attention.bind),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
+    "dllmc.glu.default": Operator(glu.bind),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
-    **{name: Operator(bind) for name, bind in elementwise.BINDERS.items()},
+    "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace),
+    "dllmc.rope.default": Operator(rope.bind, rope.workspace_of),
+    **{name: Operator(bind, options=elementwise.OPTIONS.get(name, ())) for name, bind in elementwise.BINDERS.items()},
 }
 
 

@@ -1,9 +1,10 @@
-"""Watches what memory torch's operators return tensors in."""
+"""Watches what memory torch's operators return tensors in, and what they take while they run."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -26,3 +27,11 @@ def bytes_outside(memory: list[Tensor], call: Callable[[], object]) -> int:
     with _Watch({tensor.untyped_storage().data_ptr() for tensor in memory}) as watch:
         call()
     return watch.new_bytes
+
+
+def blocks_taken(call: Callable[[], object]) -> list[int]:
+    """Bytes of every block that torch takes from its CPU allocator during a call, also of those given back at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        call()
+    events = watch.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]

@@ -55,6 +55,7 @@ CALLS: dict[str, list[list[Any]]] = {
     "aten.softmax.int": [[X, -1], [X.double(), 1], [X.bfloat16(), -1, torch.float32]],
     "aten.log_softmax.int": [[X, -1]],
     "aten.matmul.default": [[X, Y.transpose(1, 2)], [X, Y[0, 0]], [Y[0, 0][:, None], Y[0, 1][None]], [X, Y[0].T]],
+    "aten.stack.default": [[[X, Y], 0], [[X, Y, X], -1]],
     "aten.cat.default": [[[X, Y, X], -1], [[X, Y], 0]],
     "aten.index_select.default": [[X, 1, ROWS], [ROWS, 0, ROWS]],
 }
@@ -78,6 +79,27 @@ def test_an_operator_writes_what_torch_returns(name: str, layout: str) -> None:
         if layout == "row-major":
             arena = out.as_strided((out.numel() + 16,), (1,), 0)
             assert torch.cat((arena[:8], arena[-8:])).eq(77).all()
+
+
+OPTIONS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "aten.add.Tensor": ([X, Y], {"alpha": 3}),
+    "aten.gelu.default": ([X], {"approximate": "tanh"}),
+    "aten.mean.dim": ([X, [-1], True], {"dtype": torch.float64}),
+    "aten.sub.Tensor": ([X, 2.5], {"alpha": 3}),
+    "aten.sum.dim_IntList": ([X, [0, 2], False], {"dtype": torch.float64}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(elementwise.OPTIONS))
+def test_keyword_options_follow_the_positional_operands(name: str) -> None:
+    """In the order of the schema; an option that is left out has its default."""
+    args, options = OPTIONS[name]
+    expected = torch_function(name)(*args, **options)
+    out = torch.empty_like(expected)
+    assert tuple(options) == operator(name).options
+    operator(name).bind([*args, *options.values()], [out], None)()
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(expected.double(), torch_function(name)(*args).double(), rtol=0, atol=1e-8)
 
 
 def test_a_call_reads_its_inputs_when_it_runs() -> None:

@@ -17,6 +17,7 @@ from dllmc.ops import facts
 from dllmc.ops.facts import is_row_wise
 
 aten = torch.ops.aten
+dllmc = torch.ops.dllmc
 TOKENS = 11
 
 Draw = st.DrawFn
@@ -177,6 +178,12 @@ def concatenated(draw: Draw) -> list[Any]:
 
 
 @st.composite
+def stacked(draw: Draw) -> list[Any]:
+    x = draw(tensors())
+    return [[x, x * 2], draw(st.integers(-x.dim() - 1, x.dim()))]
+
+
+@st.composite
 def linear(draw: Draw) -> list[Any]:
     x = draw(tensors())
     return [x, filled((5, x.shape[-1])), filled((5,)) if draw(st.booleans()) else None]
@@ -196,6 +203,32 @@ def matmul(draw: Draw) -> list[Any]:
 def normalised(draw: Draw) -> list[Any]:
     x = draw(tensors())
     return [x, list(x.shape[draw(st.integers(0, x.dim() - 1)) :])]
+
+
+@st.composite
+def normed(draw: Draw, addends: int) -> list[Any]:
+    """The addends of what is normed; weight and bias, given or not."""
+    x = draw(tensors())
+    affine = [filled(x.shape[-1:], seed) if draw(st.booleans()) else None for seed in (1, 2)]
+    return [x, *(filled(x.shape, seed) for seed in range(100, 99 + addends)), *affine, 1e-5]
+
+
+@st.composite
+def rotated(draw: Draw) -> list[Any]:
+    """Rows among the tokens, the heads, or the positions of a table."""
+    rows = draw(st.sampled_from([("tokens",), ("heads",), ("table",), ("tokens", "table")]))
+    tokens, heads, most = (
+        TOKENS if name in rows else size for name, size in (("tokens", 3), ("heads", 2), ("table", 5))
+    )
+    positions = torch.arange(tokens) % 5 if "table" in rows or draw(st.booleans()) else None
+    shape = (tokens if positions is None else most, draw(st.sampled_from((2, 4))))
+    return [filled((tokens, heads, 4)), filled(shape, 1), filled(shape, 2), positions]
+
+
+@st.composite
+def gated(draw: Draw) -> list[Any]:
+    x = draw(tensors())
+    return [x, filled(x.shape, 100), "silu"]
 
 
 @st.composite
@@ -275,6 +308,7 @@ POINTWISE: dict[str, Callable[[], st.SearchStrategy[list[Any]]]] = {
     **dict.fromkeys(("add.Tensor", "div.Tensor", "mul.Tensor", "sub.Tensor", "pow.Tensor_Tensor"), binary),
     **dict.fromkeys(("maximum.default", "minimum.default"), binary),
     "pow.Scalar": number_first,
+    "dllmc.glu.default": gated,
     "to.dtype": lambda: tensors().map(lambda x: [x, torch.float32]),
 }
 CALLS: dict[Any, st.SearchStrategy[list[Any]]] = {
@@ -287,6 +321,7 @@ CALLS: dict[Any, st.SearchStrategy[list[Any]]] = {
     aten.select.int: picked(),
     aten.slice.Tensor: sliced(),
     aten.softmax.int: along_a_dim(),
+    aten.stack.default: stacked(),
     aten.split.Tensor: split("split"),
     aten.split_with_sizes.default: split("sizes"),
     aten.squeeze.dim: squeezed(several=False),
@@ -311,6 +346,10 @@ CALLS: dict[Any, st.SearchStrategy[list[Any]]] = {
     aten.unflatten.int: unflattened(),
     aten.embedding.default: embedded(),
     aten.index_select.default: gathered(),
+    dllmc.add_layer_norm.default: normed(2),
+    dllmc.add_rms_norm.default: normed(2),
+    dllmc.rms_norm.default: normed(1),
+    dllmc.rope.default: rotated(),
 }
 
 
@@ -321,6 +360,7 @@ def test_every_operator_of_the_tables_is_tried() -> None:
         facts._ALONG_DIMS,
         facts._ALONG_LAST,
         facts._ALONG_TRAILING,
+        set(facts._ALONG_AXES),
         facts._MOVES,
         facts._RESHAPES,
     )
