@@ -105,20 +105,21 @@ class StepGraph:
 
     def call(self, target: Any, *args: Any, origin: fx.Node) -> fx.Node:
         """A new call where the graph is being edited, traced back to what `origin` came from in the user's model."""
-        node = self.graph.call_function(target, args)
+        name = getattr(target, "__name__", "call").partition(".")[0]
+        node = self.graph.create_node("call_function", target, args, name=name)
         node.meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let all that reads `old` read `new`, and erase what then serves nothing; every operator is pure."""
         old.replace_all_uses_with(new)
-        unused = [old]
+        unused = {old: None}
         while unused:
-            node = unused.pop()
+            node, _ = unused.popitem()
             if not node.users and node.op == "call_function":
                 inputs = node.all_input_nodes
                 self.graph.erase_node(node)
-                unused += inputs
+                unused |= dict.fromkeys(inputs)
 
     def size(self, symbol: str) -> SymInt:
         """The symbolic size of that name; made on first use."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from dllmc.ir.step_graph import StepGraph, describe
@@ -18,12 +19,17 @@ from dllmc.passes.base import PassResult
 Found = Mapping[str, Any]
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor that is computed or given, not one of several results, nor a size."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
 @dataclass(frozen=True)
 class Var:
-    """Anything that passes the test, under a name."""
+    """Anything that passes the test, a tensor if none is given, under a name."""
 
     name: str
-    test: Callable[[Any], bool] = lambda value: isinstance(value, fx.Node)
+    test: Callable[[Any], bool] = is_tensor
 
 
 class OneOf:
@@ -94,6 +100,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_float(value: Any) -> bool:
+    """Whether an argument is a dtype of floating-point numbers: a conversion to it rounds at most."""
+    return isinstance(value, torch.dtype) and value.is_floating_point
+
+
 def matches(pattern: Any, value: Any, found: Found | None = None) -> Iterator[Found]:
     """Every way in which `pattern` fits the value, given what was found already."""
     found = found or {}
@@ -122,7 +133,8 @@ def _calls(pattern: Call, value: Any, found: Found) -> Iterator[Found]:
     given = list(value.args) if schema is None else [argument(value, i) for i in range(len(schema.arguments))]
     wanted = list(pattern.args)
     rest = [] if schema is None else schema.arguments[len(wanted) :]
-    if any(given[len(wanted) + i] != p.default_value for i, p in enumerate(rest) if p.has_default_value()):
+    others = zip(rest, given[len(wanted) :], strict=schema is not None)
+    if any(not p.has_default_value() or other != p.default_value for p, other in others):
         return
     yield from _all(wanted, given[: len(wanted)], found)
     if pattern.commutes:

@@ -20,7 +20,7 @@ from tests.graphs import (
     text,
 )
 
-BEFORE = "inline-regions,remove-noops,lift-positions,pack-tokens,select-logit-rows"
+BEFORE = "inline-regions,remove-noops,classify-masks,lift-positions,pack-tokens,select-logit-rows"
 PASSES = f"{BEFORE},fuse-head"
 BIAS = torch.linspace(-2, 2, VOCAB)
 
