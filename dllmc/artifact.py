@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dllmc.errors import ArtifactError, ConfigError, ProgramError
+from dllmc.ir import trace as traces
 from dllmc.ir.program import Program
 from dllmc.ir.program_json import from_json, to_json
 from dllmc.memory.verifier import verify
@@ -27,7 +28,7 @@ from dllmc.spec import ModelSpec
 
 SCHEMA = 1
 SHARD_BYTES = 4 << 30
-_MANIFEST = "manifest.json"
+_MANIFEST, _TRACE = "manifest.json", "trace.json"
 _FIELDS: Mapping[str, type] = {
     "schema": int,
     "versions": dict,
@@ -65,6 +66,12 @@ class Artifact:
                 weights.update({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
         return weights
 
+    def load_trace(self) -> traces.Trace | None:
+        """What the passes did, where the artifact tells it. Raises `ArtifactError`."""
+        if _TRACE not in self.manifest["files"]:
+            return None
+        return traces.from_json(_load_json(self.path / _TRACE), str(self.path / _TRACE))
+
 
 def write(
     out: Path,
@@ -76,10 +83,12 @@ def write(
     options: Mapping[str, Any],
     passes: list[dict[str, Any]],
     versions: Mapping[str, str],
+    trace: traces.Trace | None = None,
 ) -> Artifact:
     """Write an artifact at `out`: built beside it, then moved into place. An older artifact there is replaced.
 
-    `tensors` holds the weights and constants that the programs name, by name. Raises `ArtifactError`.
+    `tensors` holds the weights and constants that the programs name, by name. `trace` is kept for people to look at.
+    Raises `ArtifactError`.
     """
     if out.exists() and not _is_artifact(out):
         raise ArtifactError(f"{out} exists and is no artifact; choose another output directory")
@@ -90,6 +99,8 @@ def write(
             (building / "programs").mkdir(parents=True)
             for name, program in programs.items():
                 _write_json(building / "programs" / f"{name}.json", to_json(program))
+            if trace is not None:
+                (building / _TRACE).write_text(json.dumps(traces.to_json(trace), separators=(",", ":")), "utf-8")
             names = sorted({name for program in programs.values() for name in program.weights})
             shards = list(_write_weights(building, names, tensors))
             tokenizer = [shutil.copyfile(file, building / file.name).name for file in tokenizer_files]
@@ -129,6 +140,7 @@ def read(path: str | Path) -> Artifact:
     for name, entry in manifest["files"].items():
         _check_file(path, name, entry)
     named = [f"programs/{name}.json" for name in manifest["programs"]] + manifest["weights"] + manifest["tokenizer"]
+    named += [_TRACE] if _TRACE in manifest["files"] else []
     if sorted(named) != sorted(manifest["files"]):
         odd = sorted(set(named) ^ set(manifest["files"]))
         raise ArtifactError(f"{path / _MANIFEST}: files {odd} are listed in one place and not in the other")
@@ -204,7 +216,15 @@ def _write_weights(folder: Path, names: Iterable[str], tensors: Mapping[str, tor
     shard: dict[str, torch.Tensor] = {}
     files = (f"weights-{number:05d}.safetensors" for number in count(1))
     for name in names:
-        tensor = tensors[name].contiguous()
+        try:
+            tensor = tensors[name].contiguous()
+        except KeyError:
+            raise ArtifactError(f"weight {name!r}: a program reads it; expected a tensor, found nothing") from None
+        if tensor.is_meta:
+            raise ArtifactError(
+                f"weight {name!r} is on the meta device and has no bytes to write; give the model its weights, by "
+                "load_state_dict(..., assign=True) for instance, and compile it again"
+            )
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield _write_shard(folder / next(files), shard)
             shard = {}

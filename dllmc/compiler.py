@@ -14,9 +14,11 @@ from dllmc.artifact import Artifact
 from dllmc.capture import capture
 from dllmc.errors import ConfigError
 from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.trace import Trace
 from dllmc.models import checkpoint
 from dllmc.passes import pipeline
-from dllmc.passes.base import LogEntry, Observer, Pass, Values
+from dllmc.passes.base import Observer, Pass, Values
+from dllmc.passes.recorder import Recorder
 from dllmc.passes.verify import NumericCheck
 from dllmc.runtime.executor import Executor
 from dllmc.spec import ModelSpec
@@ -89,7 +91,7 @@ def compile(
     stages.begin("load the model")
     model, spec, tokenizer_files = _open(source, spec, options)
     stages.begin("capture a step")
-    step, log = rewrite(model, spec, options, stages, *observers)
+    step, trace = rewrite(model, spec, options, stages, *observers)
     if step.program is None or step.program.arena_bytes is None:
         raise ConfigError(f"passes {options.passes!r} make no planned program; end them with lower,plan-memory")
     stages.begin("write the artifact")
@@ -100,21 +102,24 @@ def compile(
         tensors=step.tensors,
         tokenizer_files=tokenizer_files,
         options=asdict(options) | {"passes": pipeline.text_of(options.pipeline)},
-        passes=[{"pass": entry.text, "modified": entry.modified, **entry.stats} for entry in log],
+        passes=[{"pass": entry.text, "modified": entry.modified, **entry.stats} for entry in trace.passes],
         versions={"dllmc": version("dllmc"), "torch": torch.__version__},
+        trace=trace,
     )
 
 
 def rewrite(
     model: nn.Module, spec: ModelSpec, options: CompileOptions, *observers: Observer
-) -> tuple[StepGraph, tuple[LogEntry, ...]]:
+) -> tuple[StepGraph, Trace]:
     """Capture a step of a module and run the passes on it: the compiler without its files.
 
     Raises `CaptureError` or `PassError`.
     """
     step = capture(model, spec, options.maxima)
-    checks = [NumericCheck(_execute)] if options.verify == "numeric" else []
-    return step, pipeline.run(step, options.pipeline, *checks, *observers)
+    check = NumericCheck(_execute) if options.verify == "numeric" else None
+    recorder = Recorder(step, check)
+    pipeline.run(step, options.pipeline, *([check] if check is not None else []), recorder, *observers)
+    return step, recorder.trace
 
 
 class _Stages(Observer):

@@ -11,6 +11,7 @@ import torch
 from dllmc import artifact
 from dllmc.artifact import Artifact
 from dllmc.ir.program import Program
+from dllmc.ir.trace import Trace
 from dllmc.spec import ModelSpec
 from tests.programs import TOKENS, planned, program, tensor
 
@@ -38,6 +39,7 @@ def write(
     tensors: Mapping[str, torch.Tensor] | None = None,
     dense: Program | None = None,
     tokenizer_files: Iterable[Path] = (),
+    trace: Trace | None = None,
 ) -> Artifact:
     """Write an artifact of one program, by default the small one with 0 to 5 as its weight."""
     return artifact.write(
@@ -49,6 +51,7 @@ def write(
         options={},
         passes=[],
         versions={},
+        trace=trace,
     )
 
 

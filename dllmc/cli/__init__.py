@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dllmc.cli import prompts, report, terminal
+from dllmc.cli import compiling, prompts, report, terminal
 from dllmc.cli.group import Group, option
-from dllmc.cli.options import api_option, artifact_argument, json_option, out_argument, sampling_options, token_ids
+from dllmc.cli.options import api_option, artifact_argument, json_option, sampling_options, token_ids
 from dllmc.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,39 +35,8 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@main.command(
-    "compile",
-    epilog="\b\nExamples:\n"
-    "  dllmc compile examples/tiny-llada sudoku.dllmc\n"
-    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16",
-)
-@click.argument("model", type=click.Path())
-@out_argument
-@api_option("Size of a step", "max_tokens_per_step", int, "Packed tokens that a step takes at most.")
-@api_option("Size of a step", "max_requests", int, "Segments of a step at most; a guided request has two.")
-@api_option("Size of a step", "max_logit_rows", int, "Masked positions that a step predicts, and a block has, at most.")
-@api_option("Compilation", "dtype", str, "Of weights and activations")
-@option("Compilation", "--passes", metavar="PIPELINE", help="Passes to run instead of those that `inspect` lists.")
-@json_option("Print what was compiled as JSON, as `inspect --json` does.")
-def compile_command(model: str, out: Path, passes: str | None, as_json: bool, **chosen: Any) -> None:
-    """Compile MODEL into the artifact directory OUT.
-
-    MODEL is a checkpoint folder in Hugging Face layout, or a hub id such as GSAI-ML/LLaDA-8B-Instruct. If OUT
-    is an artifact already, it is replaced once the new one is complete.
-    """
-    with terminal.progress("load torch"):
-        import dllmc
-        from dllmc.models.checkpoint import resolve
-
-        options = dllmc.CompileOptions(**chosen if passes is None else {**chosen, "passes": passes})
-    folder = resolve(model)  # outside of any bar: a download shows its own
-    with terminal.progress("compile") as show:
-        artifact = dllmc.compile(folder, out, options, on_stage=show)
-    if as_json:
-        click.echo(prompts.json_line(report.document(artifact)))
-        return
-    for line in (*report.pass_lines(artifact), *report.memory_lines(artifact), f"wrote {out}"):
-        click.echo(line)
+for command in (compiling.compile_command, compiling.inspect, compiling.passes):
+    main.add_command(command)
 
 
 @main.command(
@@ -150,32 +119,6 @@ def generate(
         _print_results(results, engine, watch)
     if out is not None:
         click.echo(f"wrote {report.counted(len(results), 'completion')} to {out}", err=True)
-
-
-@main.command(
-    epilog="\b\nExamples:\n  dllmc inspect sudoku.dllmc\n  dllmc inspect sudoku.dllmc --json | jq .memory_bytes"
-)
-@artifact_argument
-@option("Output", "--program", "show_program", is_flag=True, help="Add all instructions and the buffers' offsets.")
-@json_option(
-    "Print one JSON object: `artifact` (path), `schema`, `versions`, `model`, `options`, `programs` (each `name`, "
-    "`instructions`, `buffers`, `maxima`, `arena_bytes`, `lower_bound_bytes`, and with --program the `program` as it "
-    "is stored), `passes`, `memory_bytes` (`weights`, `arena`, `kv_pool`, `state`, `total`)."
-)
-def inspect(artifact: Path, show_program: bool, as_json: bool) -> None:
-    """Show the model, programs, passes and memory of an ARTIFACT."""
-    from dllmc.artifact import read
-    from dllmc.ir.printer import text_of
-
-    opened = read(artifact)
-    if as_json:
-        click.echo(prompts.json_line(report.document(opened, with_programs=show_program)))
-        return
-    for line in (*report.model_lines(opened), *report.pass_lines(opened), *report.memory_lines(opened)):
-        click.echo(line)
-    if show_program:
-        for program in opened.programs.values():
-            click.echo(text_of(program))
 
 
 @main.command(

@@ -52,6 +52,11 @@ def json_option(text: str) -> Callable[[F], F]:
     return option("Output", "--json", "as_json", is_flag=True, help=text)
 
 
+def html_option(text: str) -> Callable[[F], F]:
+    """--html FILE."""
+    return option("Output", "--html", type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
 def sampling_options(command: F) -> F:
     """The options that are fields of SamplingParams, `logprobs` left out."""
     options: tuple[Callable[[F], F], ...] = (
@@ -89,14 +94,14 @@ def artifact_argument(command: F) -> F:
 
 
 def out_argument(command: F) -> F:
-    """OUT, where nothing else may stand than an artifact: refused at once, before anything is compiled."""
+    """OUT or none, where nothing else may stand than an artifact: refused at once, before anything is compiled."""
 
-    def check(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
-        if path.exists() and not (path / "manifest.json").is_file():
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.exists() and not (path / "manifest.json").is_file():
             raise click.ClickException(f"{path} exists and is no artifact; choose another output directory")
         return path
 
-    return click.argument("out", type=click.Path(path_type=Path), callback=check)(command)
+    return click.argument("out", type=click.Path(path_type=Path), required=False, callback=check)(command)
 
 
 def _tokens_option(name: str, text: str) -> Callable[[F], F]:

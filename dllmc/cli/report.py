@@ -1,12 +1,29 @@
 """An artifact as text for people and as a document for tools. Sizes in documents are bytes."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import click
+
+from dllmc.cli import terminal
+from dllmc.errors import ArtifactError
+from dllmc.ir.graph_printer import COMMENT, size
+from dllmc.ir.trace import Graph, Trace, calls, written_bytes
 
 if TYPE_CHECKING:
     from dllmc.artifact import Artifact
     from dllmc.evaluate import Report
+    from dllmc.passes.base import LogEntry
+
+
+def echo(lines: Iterable[str]) -> None:
+    """Print lines; on a terminal the user's source behind a call is dimmed."""
+    dims = terminal.takes_colour(sys.stdout)
+    for line in lines:
+        code, mark, source = line.partition(COMMENT)
+        click.echo(code + click.style(mark + source, dim=True) if dims and mark else line)
 
 
 def model_lines(artifact: "Artifact") -> Iterator[str]:
@@ -25,12 +42,36 @@ def model_lines(artifact: "Artifact") -> Iterator[str]:
 def pass_lines(artifact: "Artifact") -> Iterator[str]:
     """One line a pass: what it counted, or that it found nothing to do."""
     for entry in artifact.manifest["passes"]:
-        counts = {key: value for key, value in entry.items() if key not in ("pass", "modified") and value}
-        shown = [
-            f"{key.removesuffix('_bytes').replace('_', ' ')} {size(value) if key.endswith('_bytes') else value}"
-            for key, value in counts.items()
-        ]
-        yield f"pass     {entry['pass']:<20}{', '.join(shown) or 'nothing to do'}"
+        stats = {key: value for key, value in entry.items() if key not in ("pass", "modified")}
+        yield f"pass     {entry['pass']:<20}{counts(stats) or 'nothing to do'}"
+
+
+def counts(stats: Mapping[str, int]) -> str:
+    """What a pass counted, zeros left out."""
+    return ", ".join(
+        f"{key.removesuffix('_bytes').replace('_', ' ')} {size(value) if key.endswith('_bytes') else value}"
+        for key, value in stats.items()
+        if value
+    )
+
+
+def time_lines(trace: Trace, log: "Sequence[LogEntry]") -> Iterator[str]:
+    """A table: seconds of each pass and of the checks behind it, its share of all, calls before and after."""
+    seconds, checks = sum(entry.seconds for entry in log), sum(entry.check_seconds for entry in log)
+    yield f"time     {'pass':<20}{'pass s':>8}{'checks s':>10}{'share':>8}  calls"
+    for index, entry in enumerate(log):
+        share = (entry.seconds + entry.check_seconds) / (seconds + checks)
+        before, after = calls(trace.before(index)), calls(trace.graphs[trace.passes[index].graph])
+        change = f"{before} -> {after}" if entry.modified else f"{after}, not modified"
+        yield f"time     {entry.text:<20}{entry.seconds:>8.3f}{entry.check_seconds:>10.3f}{share:>8.1%}  {change}"
+    yield f"time     {'all':<20}{seconds:>8.3f}{checks:>10.3f}{1:>8.1%}"
+
+
+def error_lines(trace: Trace) -> Iterator[str]:
+    """The largest relative error that the numeric check found of each pass it looked at."""
+    for entry in trace.passes:
+        if entry.error is not None:
+            yield f"verify   {entry.text:<20}largest relative error {entry.error:.2g}"
 
 
 def memory_lines(artifact: "Artifact") -> Iterator[str]:
@@ -44,7 +85,15 @@ def memory_lines(artifact: "Artifact") -> Iterator[str]:
         yield f"arena    {program.name}: {size(program.arena_bytes or 0)} for {len(program.buffers)} buffers, {gap}"
 
 
-def document(artifact: "Artifact", with_programs: bool = False) -> dict[str, Any]:
+def traced(artifact: "Artifact") -> Trace:
+    """The artifact's trace. Raises `ArtifactError` where it has none."""
+    trace = artifact.load_trace()
+    if trace is None:
+        raise ArtifactError(f"{artifact.path}: it has no trace.json to show graphs from; compile the model again")
+    return trace
+
+
+def document(artifact: "Artifact", with_programs: bool = False, graph: Graph | None = None) -> dict[str, Any]:
     """What the lines say, under stable names, for JSON. `with_programs`: each program in full, as it is stored."""
     from dllmc.ir.program_json import to_json
 
@@ -66,8 +115,24 @@ def document(artifact: "Artifact", with_programs: bool = False) -> dict[str, Any
         **{name: manifest[name] for name in ("schema", "versions", "model", "options")},
         "programs": programs,
         "passes": manifest["passes"],
+        "trace": None if (trace := artifact.load_trace()) is None else _trace_document(trace),
         "memory_bytes": dict(artifact.memory),
+        **({} if graph is None else {"graph": [vars(call) for call in graph]}),
     }
+
+
+def _trace_document(trace: Trace) -> list[dict[str, Any]]:
+    return [
+        {
+            "pass": entry.text,
+            "error": entry.error,
+            "notes": list(entry.notes),
+            "calls_before": calls(trace.before(index)),
+            "calls_after": calls(trace.graphs[entry.graph]),
+            "written_bytes": written_bytes(trace.graphs[entry.graph]),
+        }
+        for index, entry in enumerate(trace.passes)
+    ]
 
 
 def evaluation_lines(measured: "Report") -> Iterator[str]:
@@ -93,13 +158,3 @@ def evaluation(measured: "Report") -> dict[str, Any]:
 def counted(count: int, noun: str) -> str:
     """1 token, 2 tokens, 2 passes."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1536 -> 1.5 KiB."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} GiB"

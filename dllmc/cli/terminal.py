@@ -29,9 +29,9 @@ def takes_colour(stream: TextIO) -> bool:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Show]:
-    """A bar for as long as the context lasts, gone with it. Yields what to call to change it."""
-    if not is_live():
+def progress(label: str, quiet: bool = False) -> Iterator[Show]:
+    """A bar for as long as the context lasts, gone with it, or none if `quiet`. Yields what to call to change it."""
+    if quiet or not is_live():
         yield lambda label, done, total: None
         return
     from rich.console import Console

@@ -287,7 +287,7 @@ def layer_of(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """`file:line, in function: code` of the user's model, the innermost frame of its own; empty if unknown."""
     trace = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.*)', trace)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', trace)
     return next((line_of(*frame) for frame in reversed(frames) if is_users(frame[0])), "")
 
 

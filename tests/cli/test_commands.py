@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import dllmc
 from dllmc.cli import main
 from dllmc.cli.options import CHOICES, DEFAULTS
-from dllmc.cli.report import size
+from dllmc.ir.graph_printer import size
 from tests.golden.cases import ROOT
 
 PUZZLE = r"sudoku:\n1003\n0300\n3210\n4132\n"
@@ -93,7 +93,7 @@ def test_inspect_json(tiny_llada: Path) -> None:
     artifact = dllmc.load(tiny_llada).artifact
     short, full = (json.loads(run("inspect", tiny_llada, "--json", *more).stdout) for more in ((), ("--program",)))
     assert list(short) == [
-        *("artifact", "schema", "versions", "model", "options", "programs", "passes", "memory_bytes"),
+        *("artifact", "schema", "versions", "model", "options", "programs", "passes", "trace", "memory_bytes"),
     ]
     assert short["memory_bytes"] == dict(artifact.memory)
     assert short["model"]["mask_id"] == artifact.spec.mask_id
@@ -394,8 +394,3 @@ def test_every_sampling_parameter_has_an_option() -> None:
     """All but `logprobs`, which `--watch` sets."""
     names = {parameter.name for parameter in main.commands["generate"].params}
     assert {f.name for f in fields(dllmc.SamplingParams)} - names == {"logprobs"}
-
-
-def test_sizes_for_people() -> None:
-    """Bytes are shown in the largest unit that keeps them above one, to four digits."""
-    assert [size(n) for n in (0, 1023, 1536, 3 << 20, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "3 MiB", "5 GiB"]
