@@ -6,6 +6,7 @@ both compute.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,9 @@ VOCAB, WIDTH, HEADS, HEAD_DIM = 13, 8, 2, 4
 SPEC = ModelSpec(VOCAB, 0, (), max_positions=32)
 MAXIMA = {"tokens": 64, "rows": 16, "guided": 8, "segments": 4}
 GUIDANCE = 1.5
+
+# What rounding may add to logits, relative to the largest, in a few calls.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 Body = Callable[[Any, Tensor], Tensor]
 
@@ -61,6 +65,22 @@ def captured(module: nn.Module, spec: ModelSpec = SPEC) -> StepGraph:
 def run(step: StepGraph, passes: str) -> pipeline.LogEntry:
     """Run a pipeline on the step, and return what its last pass did."""
     return pipeline.run(step, pipeline.parse(passes))[-1]
+
+
+def rewritten(
+    body: Body, passes: str, dtype: torch.dtype = torch.float32, **constants: Tensor
+) -> tuple[StepGraph, pipeline.LogEntry]:
+    """`Tiny` of a dtype after these passes, and what the last did; its logits are still those of float64 arithmetic."""
+    module = Tiny(body, **constants).to(dtype)
+    step = captured(module)
+    entry = run(step, passes)
+    inputs = step_inputs(9)
+    with torch.no_grad():
+        expected = deepcopy(module).double()(inputs["token_ids"][None])[0]
+    found = execute(step, inputs)["logits"]
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+    return step, entry
 
 
 def run_all(step: StepGraph) -> StepGraph:

@@ -52,7 +52,7 @@ def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
+            centre = 1.0 if "norm" in name.lower() else 0.0
             spread = 2 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.3
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
     return model.eval()
@@ -226,6 +226,18 @@ class LearnedPositions(Model):
         gate, _ = self.gate_up(x.view(t, WIDTH)).split(2 * WIDTH, dim=-1)
         x += self.down(F.gelu(gate)).view(1, t, WIDTH)
         return self.lm_head(x)
+
+
+class SelectedTokens(LearnedPositions):
+    """Tells masked tokens from others by their ids: values chosen, filled and multiplied by a condition."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        masked = (input_ids == 0)[..., None]
+        x = torch.where(masked, self.down.bias, self.embed_tokens(input_ids))
+        x = x + 3 * self.embed_positions(torch.arange(input_ids.shape[1])[None]).masked_fill(~masked & (x > 1), 0.5)
+        y = F.scaled_dot_product_attention(*self.heads(x))
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2)) * masked
+        return torch.einsum("btd,vd->btv", x, self.lm_head.weight)
 
 
 class LearnedPositionsAndNorms(LearnedPositions):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 import dllmc
 from dllmc.capture import capture
-from dllmc.errors import CaptureError, ConfigError, DllmcError
+from dllmc.compiler import rewrite
+from dllmc.errors import ArtifactError, CaptureError, ConfigError, DllmcError
 from tests.brute_force import decode
 from tests.graphs import MAXIMA
 from tests.published import (
@@ -24,6 +26,7 @@ from tests.published import (
     LikeLLaDA,
     Model,
     Output,
+    SelectedTokens,
     drawn,
 )
 
@@ -64,8 +67,17 @@ def check_decoding(model: nn.Module, out: Path, spec: dllmc.ModelSpec = SPEC) ->
         (lambda: LikeDream(enable_gqa=True), False),
         (lambda: LearnedPositions(sliced=True), False),
         (lambda: LearnedPositions(sliced=False), False),
+        (lambda: SelectedTokens(sliced=False), False),
     ],
-    ids=("LLaDA", "LLaDA, scaled", "Dream", "enable_gqa", "learned table, sliced", "learned table, looked up"),
+    ids=(
+        "LLaDA",
+        "LLaDA, scaled",
+        "Dream",
+        "enable_gqa",
+        "learned table, sliced",
+        "learned table, looked up",
+        "tokens told apart",
+    ),
 )
 def test_published_styles_decode_as_the_module_does(
     build: Callable[[], nn.Module], shifted: bool, tmp_path: Path
@@ -226,7 +238,11 @@ class WriteToPart(Model):
     ("model", "message", "line"),
     [
         (Causal, "attention with a causal mask", "y = F.scaled_dot_product_attention(*self.heads(x), is_causal=True)"),
-        (Masked, "attention with a mask", "y = F.scaled_dot_product_attention(*self.heads(x), attn_mask="),
+        (
+            Masked,
+            "the mask of this attention depends on the values of token_ids, through ne (aten.ne.Scalar)",
+            "y = F.scaled_dot_product_attention(*self.heads(x), attn_mask=",
+        ),
         (CrossAttention, "expected self-attention", "y = F.scaled_dot_product_attention(q, self.memory, self.memory)"),
         (Mean, "may mix the tokens of a sequence", "y = x - x.mean(1, keepdim=True)"),
         (CumulativeSum, "may mix the tokens of a sequence", "y = x.cumsum(1)"),
@@ -293,6 +309,75 @@ def test_modules_that_do_not_fit_their_spec(
     with pytest.raises(CaptureError) as error:
         capture(drawn(model()), spec, MAXIMA)
     assert message in str(error.value)
+
+
+class Counted(Model):
+    """Learned positions from a list that skips those of padding tokens, unless it is told the positions."""
+
+    def __init__(self, first: int, padding: int) -> None:
+        super().__init__()
+        self.first, self.padding = first, padding
+        self.config = SimpleNamespace(pad_token_id=padding)
+        self.embed_positions = nn.Embedding(MAX_POSITIONS + 8, WIDTH)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if position_ids is None:
+            position_ids = (input_ids != self.padding).long().cumsum(1) - 1 + self.first
+        x = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
+        y = F.scaled_dot_product_attention(*self.heads(x))
+        return self.lm_head(x + y.transpose(1, 2).flatten(2))
+
+
+class Required(Counted):
+    """Has no positions of its own."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().forward(input_ids, position_ids)
+
+
+@pytest.mark.parametrize(("model", "first"), [(Counted, 0), (Counted, 5), (Required, 0)])
+def test_positions_are_given_where_the_model_takes_them(model: type[Counted], first: int, tmp_path: Path) -> None:
+    """Counted from 0, or from behind the padding token as RoBERTa does, whichever ordinary tokens have by themselves.
+
+    So a padding token that is generated changes no position.
+    """
+    module = drawn(model(first, padding=4))
+    results = compiled(module, tmp_path).generate(PROMPTS, dllmc.SamplingParams(**PARAMS))
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        expected = decode(
+            lambda ids, _: module(ids, torch.arange(first, first + ids.shape[1])[None]), SPEC, prompt, **PARAMS
+        )
+        assert expected.decisive, "choose other weights: rounding may decide here"
+        assert result.token_ids == expected.token_ids
+
+
+def test_positions_of_another_kind_are_left_to_the_model(tmp_path: Path) -> None:
+    """Counting from 3 with padding token 4 is none of the ways that are known; here it mixes tokens."""
+    with pytest.raises(CaptureError, match="it may mix the tokens of a sequence") as error:
+        compiled(drawn(Counted(3, padding=4)), tmp_path)
+    assert "in forward: position_ids = (input_ids != self.padding).long().cumsum(1)" in str(error.value)
+
+
+@pytest.mark.parametrize("build", [LikeLLaDA, LikeDream, lambda: LearnedPositions(sliced=True)])
+def test_a_model_without_weights(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """On the meta device: all passes run and give the program that they give with weights; nothing is written."""
+    programs = []
+    for device in ("cpu", "meta"):
+        model = build()
+        if device == "meta":
+            made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
+            for part in model.modules():
+                for name, weight in part.named_parameters(recurse=False):
+                    part._parameters[name] = made.setdefault(weight, nn.Parameter(weight.to("meta")))
+        step, _ = rewrite(model, SPEC, OPTIONS)
+        programs.append(step.program)
+    assert programs[0] == programs[1]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(
+        ArtifactError, match="is on the meta device and has no bytes to write; give the model its weights"
+    ):
+        dllmc.compile(model, tmp_path / "artifact", OPTIONS, SPEC)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bare_module_needs_a_spec(tmp_path: Path) -> None:

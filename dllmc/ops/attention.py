@@ -83,7 +83,7 @@ def attention_out(
 
 
 def _band(token: int, behind: int, key: int, key_behind: int, window: int) -> Tensor:
-    """bool [behind - token, key_behind - key]: which keys the queries of these tokens see."""
+    """Which keys the queries of these tokens see: bool [behind - token, key_behind - key]."""
     distance = torch.arange(token, behind)[:, None] - torch.arange(key, key_behind)
     return distance.abs_() <= window
 

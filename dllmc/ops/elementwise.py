@@ -15,10 +15,13 @@ Call = Callable[[], object]
 
 # Functional overload -> torch function that takes the same positional arguments and `out=`.
 _WITH_OUT: Mapping[str, Callable[..., object]] = {
+    "aten.__and__.Tensor": torch.bitwise_and,
     "aten.abs.default": torch.abs,
     "aten.add.Scalar": torch.add,
     "aten.add.Tensor": torch.add,
     "aten.amax.default": torch.amax,
+    "aten.bitwise_and.Tensor": torch.bitwise_and,
+    "aten.bitwise_not.default": torch.bitwise_not,
     "aten.cat.default": torch.cat,
     "aten.clamp.default": torch.clamp,
     "aten.clamp_max.default": torch.clamp_max,
@@ -26,18 +29,30 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.cos.default": torch.cos,
     "aten.div.Scalar": torch.div,
     "aten.div.Tensor": torch.div,
+    "aten.eq.Scalar": torch.eq,
+    "aten.eq.Tensor": torch.eq,
     "aten.erf.default": torch.erf,
     "aten.exp.default": torch.exp,
+    "aten.ge.Scalar": torch.ge,
+    "aten.ge.Tensor": torch.ge,
     "aten.gelu.default": torch.ops.aten.gelu.out,
+    "aten.gt.Scalar": torch.gt,
+    "aten.gt.Tensor": torch.gt,
     "aten.index_select.default": torch.index_select,
+    "aten.le.Scalar": torch.le,
+    "aten.le.Tensor": torch.le,
     "aten.log.default": torch.log,
     "aten.log_softmax.int": torch.ops.aten.log_softmax.int_out,
+    "aten.lt.Scalar": torch.lt,
+    "aten.lt.Tensor": torch.lt,
     "aten.matmul.default": torch.matmul,
     "aten.maximum.default": torch.maximum,
     "aten.mean.dim": torch.mean,
     "aten.minimum.default": torch.minimum,
     "aten.mul.Scalar": torch.mul,
     "aten.mul.Tensor": torch.mul,
+    "aten.ne.Scalar": torch.ne,
+    "aten.ne.Tensor": torch.ne,
     "aten.neg.default": torch.neg,
     "aten.pow.Scalar": torch.pow,
     "aten.pow.Tensor_Tensor": torch.pow,
@@ -55,6 +70,7 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.sub.Tensor": torch.sub,
     "aten.sum.dim_IntList": torch.sum,
     "aten.tanh.default": torch.tanh,
+    "aten.where.self": torch.where,
 }
 
 
@@ -93,8 +109,14 @@ def _bind_power(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor |
     return partial(torch.pow, x, exponent, out=outs[0])
 
 
+def _bind_masked_fill(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    x, mask, value = args
+    return lambda: outs[0].copy_(x).masked_fill_(mask, value)
+
+
 BINDERS = {
     **{name: _bind_with_out(name) for name in _WITH_OUT},
+    "aten.masked_fill.Scalar": _bind_masked_fill,
     "aten.pow.Tensor_Scalar": _bind_power,
     "aten.square.default": _bind_square,
 }

@@ -11,7 +11,7 @@ from torch import fx
 from dllmc.errors import CaptureError, ProgramError
 from dllmc.ir.step_graph import StepGraph, describe
 from dllmc.memory.verifier import verify
-from dllmc.ops.facts import is_row_wise
+from dllmc.ops.facts import argument, is_row_wise
 
 aten = torch.ops.aten
 ATTENTION = "dllmc.attention.default"
@@ -56,6 +56,11 @@ def _flat(step: StepGraph) -> str | None:
     return None if odd is None else f"{describe(odd)} is not a call of an operator"
 
 
+def _masks_classified(step: StepGraph) -> str | None:
+    masked = [n for n in step.calls(aten.scaled_dot_product_attention.default) if argument(n, 3) is not None]
+    return f"{describe(masked[0])} has a mask" if masked else None
+
+
 def _positions_lifted(step: StepGraph) -> str | None:
     for node in step.calls():
         sizes = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]
@@ -97,6 +102,7 @@ def _planned(step: StepGraph) -> str | None:
 
 FACTS: dict[str, Callable[[StepGraph], str | None]] = {
     "flat": _flat,
+    "masks-classified": _masks_classified,
     "positions-lifted": _positions_lifted,
     "packed": _packed,
     "rows-selected": _rows_selected,

@@ -14,16 +14,15 @@ from dllmc.passes.base import Pass, PassResult
 class FoldConstants(Pass):
     """Evaluate calls whose inputs are all constants, and keep the results that others use as constants.
 
-    Weights are not constants: their bytes need not be at hand when compiling.
+    Weights are not constants: their bytes need not be at hand when compiling. Nor is a buffer on the meta device.
     """
 
     name = "fold-constants"
     requires = ("flat",)
 
     def run(self, step: StepGraph) -> PassResult:
-        known: dict[fx.Node, Any] = {
-            node: step.tensors[role.name] for node, role in step.placeholders() if role.kind == "constant"
-        }
+        constants = {node: step.tensors[role.name] for node, role in step.placeholders() if role.kind == "constant"}
+        known: dict[fx.Node, Any] = {node: value for node, value in constants.items() if not value.is_meta}
         folded: list[fx.Node] = []
         for node in step.calls():
             if all(n in known for n in node.all_input_nodes) and isinstance(node.meta.get("val"), torch.Tensor):

@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dllmc.errors import CaptureError
 from dllmc.ir.step_graph import StepGraph, describe
@@ -71,11 +71,15 @@ class FuseHead(Pass):
 
     def expected(self, step: StepGraph, before: Values, inputs: Values) -> Values:
         """Of greedy steps without guidance: the best token, where one is clearly best, and its probability."""
-        logprobs = before["logits"].double().log_softmax(dim=-1)
-        best = logprobs.topk(2, dim=-1)
-        clear = best.values[:, 0] - best.values[:, 1] > NEAR_TIE[before["logits"].dtype]
-        logprob = best.values[:, 0].float()
-        return {"token": best.indices[:, 0].where(clear, -1), "confidence": logprob.exp(), "logprob": logprob}
+        best = before["logits"].double().log_softmax(dim=-1).max(dim=-1)
+        token, logprob = best.indices.where(is_clear(before["logits"]), -1), best.values.float()
+        return {"token": token, "confidence": logprob.exp(), "logprob": logprob}
+
+
+def is_clear(logits: Tensor) -> Tensor:
+    """Of which rows [rows] of logits [rows, V] one token is best however they are rounded."""
+    best = logits.topk(2, dim=-1).values
+    return best[:, 0] - best[:, 1] > NEAR_TIE[logits.dtype]
 
 
 def _head(node: fx.Node) -> tuple[fx.Node, float]:

@@ -116,7 +116,10 @@ class _Lowering:
         return torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta")
 
     def _operands(self, node: fx.Node, name: str) -> tuple[Operand, ...]:
-        """The call's arguments in the order of its schema; trailing ones at their defaults are left out."""
+        """The call's arguments in the order of its schema; trailing ones at their defaults are left out.
+
+        Of keyword options those that the operator says it takes.
+        """
         operands: list[Operand] = []
         needed = 0
         for index, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -124,15 +127,17 @@ class _Lowering:
             given: Any = node.args[index] if index < len(node.args) else node.kwargs.get(parameter.name, default)
             if parameter.name in _NO_VALUE:
                 continue
+            taken = not parameter.kwarg_only or parameter.name in OPERATORS[name].options
             if given != default or not parameter.has_default_value():
-                if parameter.kwarg_only:
+                if not taken:
                     raise PassError(
                         f"pass 'lower': {describe(node)}: option {parameter.name}={given!r} is not supported"
                     )
-                needed = index + 1
+                needed = len(operands) + 1
             if _NEED_ROWS.get(name) == index:
                 given = self._row_viewable(given, node)
-            operands.append(self._operand(given, node))
+            if taken:
+                operands.append(self._operand(given, node))
         return tuple(operands[:needed])
 
     def _operand(self, value: Any, node: fx.Node) -> Operand:

@@ -8,7 +8,7 @@ from torch import fx
 
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ops import attention as _registers  # noqa: F401
-from dllmc.ops.facts import is_row_wise
+from dllmc.ops.facts import argument, is_row_wise
 from dllmc.passes.base import Pass, PassResult, Values
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ class SelectLogitRows(Pass):
     Case 1: a call that is row-wise and used for the logits alone works on the rows, and the gather moves above it:
             in a transformer the head, the final norm, the last layer's feed-forward and output projection.
     Case 2: attention used for the logits alone takes the rows' queries, among all tokens' keys and values; the
-            gather moves above what makes the queries.
+            gather moves above what makes the queries. Not with a window, for which queries are to be all tokens'.
     A shifted model predicts position i from the row before it; at position 0, from that row itself.
     """
 
@@ -73,7 +73,7 @@ def _region(step: StepGraph) -> dict[fx.Node, None]:
             and all(user in region and node not in _on_all_tokens(user) for user in node.users)
             and has_rows
             and not takes_sizes
-            and (node.target is ATTENTION or is_row_wise(node, step.axis_of))
+            and (is_row_wise(node, step.axis_of) if node.target is not ATTENTION else argument(node, 6) is None)
         ):
             region[node] = None
     # One of several results moves only with the call that makes them all.

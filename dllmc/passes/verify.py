@@ -5,6 +5,7 @@ The outputs must agree; where they do not, the first value that both graphs have
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from dllmc.errors import PassError
 from dllmc.ir.step_graph import Role, StepGraph, describe
 from dllmc.passes.base import LogEntry, Observer, Pass, Values
+from dllmc.passes.fuse_head import is_clear
 from dllmc.spec import MAX_SUPPRESS_TOKENS
 
 # Largest difference that rounding may make, relative to the largest number of the value.
@@ -51,7 +53,7 @@ class NumericCheck(Observer):
             errors = [_compare_graphs(current, step, before, after, inputs) for inputs in cases]
         elif step.program is not None and step.program.arena_bytes is not None and self._execute is not None:
             cases = [random_inputs(step, lengths) for lengths in SEVERAL]
-            both = [(after.run(inputs)[0], self._execute(step, inputs)) for inputs in cases]
+            both = [(after.run(inputs).expected, self._execute(step, inputs)) for inputs in cases]
             errors = [_compare(current, *outputs, after.tolerance, _in_the_program) for outputs in both]
         else:
             return
@@ -65,8 +67,9 @@ def random_inputs(step: StepGraph, lengths: tuple[int, ...], seed: int = 0) -> d
     """
     generator = torch.Generator().manual_seed(seed)
     most = step.maxima
-    longest = min(step.spec.max_positions, most["tokens"] // min(len(lengths), most["segments"]))
-    cut = [min(length, longest) for length in lengths[: most["segments"]]]
+    segments = min(len(lengths), most["segments"], most["tokens"])
+    longest = min(step.spec.max_positions, most["tokens"] // segments)
+    cut = [min(length, longest) for length in lengths[:segments]]
     positions = torch.cat([torch.arange(length) for length in cut])
     of_token = torch.repeat_interleave(torch.arange(len(cut)), torch.tensor(cut))
     drawn = (torch.rand(len(positions), generator=generator) < 0.5).nonzero()[: most["rows"], 0]
@@ -115,19 +118,49 @@ class _Copy:
         self.originals = {copy: node for node, copy in copies.items()}
 
     @torch.no_grad()
-    def run(self, inputs: Values) -> tuple[dict[str, Tensor], dict[fx.Node, Tensor]]:
-        """What the graph returns, by name, and each tensor that it computes, by the node of the step."""
+    def run(self, inputs: Values) -> "_Run":
+        """Run the graph on these inputs of a step, of which it takes what it has."""
         values = [inputs[role.name] if role.kind == "input" else self.tensors[role.name] for role in self.roles]
         interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
         outputs = interpreter.run(*values)
-        computed = {self.originals[n]: v for n, v in interpreter.env.items() if isinstance(v, Tensor)}
-        return dict(zip(self.outputs, outputs, strict=True)), computed
+        env = interpreter.env
+        computed = {self.originals[n]: _tensors(v) for n, v in env.items() if n in self.originals}
+        heads = self.module.graph.find_nodes(op="call_function", target=torch.ops.dllmc.decode_head.default)
+        logits = [_logits(*(env[a] if isinstance(a, fx.Node) else a for a in head.args[:4])) for head in heads]
+        return _Run(dict(zip(self.outputs, outputs, strict=True)), computed, *logits)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a graph returned, by name, what its calls made, by the node of the step, and the logits that it decoded."""
+
+    outputs: Values
+    computed: Mapping[fx.Node, list[Tensor]]
+    logits: Tensor | None = None
+
+    @property
+    def expected(self) -> Values:
+        """The outputs that an equal graph has, whatever it rounds."""
+        if self.logits is None:
+            return self.outputs
+        return {**self.outputs, "token": self.outputs["token"].where(is_clear(self.logits), -1)}
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias) * scale
+
+
+def _tensors(value: object) -> list[Tensor]:
+    results = value if isinstance(value, list | tuple) else [value]
+    return [result for result in results if isinstance(result, Tensor)]
 
 
 def _compare_graphs(current: Pass, step: StepGraph, before: _Copy, after: _Copy, inputs: Values) -> float:
-    (was, old), (now, new) = before.run(inputs), after.run(inputs)
-    expected, tolerance = current.expected(step, was, inputs), max(before.tolerance, after.tolerance)
-    return _compare(current, expected, now, tolerance, lambda: _first_difference(step, old, new))
+    was, now = before.run(inputs), after.run(inputs)
+    expected, tolerance = current.expected(step, was.expected, inputs), max(before.tolerance, after.tolerance)
+    return _compare(
+        current, expected, now.outputs, tolerance, lambda: _first_difference(step, was.computed, now.computed)
+    )
 
 
 def _compare(current: Pass, expected: Values, found: Values, tolerance: float, where: Callable[[], str]) -> float:
@@ -162,13 +195,17 @@ def _in_the_program() -> str:
     return "the graph is as it was, the program made from it computes something else"
 
 
-def _first_difference(step: StepGraph, old: Mapping[fx.Node, Tensor], new: Mapping[fx.Node, Tensor]) -> str:
-    """The first value of the graph that it had before the pass and that is another now, and what it was made from."""
+def _first_difference(step: StepGraph, old: Mapping[fx.Node, list[Tensor]], new: Mapping[fx.Node, list[Tensor]]) -> str:
+    """The first call of the graph that made something else before the pass, and what it reads that the pass made."""
     for node in step.calls():
-        if node not in old or node not in new or old[node].shape != new[node].shape:
+        if node not in old or node not in new:
             continue
-        if (error := _error(old[node], new[node])) > TOLERANCES.get(old[node].dtype, 0.0):
+        pairs = list(zip(old[node], new[node], strict=False))
+        if any(a.shape != b.shape for a, b in pairs):
+            continue
+        errors = [error for a, b in pairs if (error := _error(a, b)) > TOLERANCES.get(a.dtype, 0.0)]
+        if errors:
             made = [n.name for n in node.all_input_nodes if n not in old]
             by = f"; it reads {', '.join(made)}, which this pass made" if made else ""
-            return f"the first value that differs is {describe(node)}, by {error:.2g}{by}"
+            return f"the first value that differs is {describe(node)}, by {max(errors):.2g}{by}"
     return "no value that the graph had before differs"

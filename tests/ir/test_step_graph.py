@@ -11,9 +11,19 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from dllmc.ir.step_graph import Role, StepGraph, Tensors, layer_of, source_line
-from tests.graphs import VOCAB, WIDTH, Body, Tiny, captured, execute, lines, step_inputs, step_of, text
+from tests.graphs import VOCAB, WIDTH, Body, Tiny, captured, execute, lines, run, step_inputs, text
+from tests.graphs import step_of as captured_of
 
 aten = torch.ops.aten
+
+
+def step_of(body: Body, **constants: Tensor) -> StepGraph:
+    """`Tiny` with this body, without the checks that export leaves, propagated once."""
+    step = captured_of(body, **constants)
+    run(step, "inline-regions,remove-noops")
+    step.propagate()
+    return step
+
 
 UNARY = (aten.exp.default, aten.sin.default, aten.neg.default, aten.sigmoid.default)
 
@@ -72,30 +82,33 @@ def alike(step: StepGraph, node: fx.Node, before: fx.Node) -> list[fx.Node]:
 
 def edit(step: StepGraph, draw: Callable[[list[Any]], Any]) -> None:
     """One random edit, such as passes make; the graph stays valid."""
-    kinds = ("operator", "input", "call", "layout", "replace")
-    kind = draw(list(kinds))
     results = [n for n in step.calls() if isinstance(n.meta["val"], Tensor) and n.meta["val"].dim() == 3]
-    if kind == "operator":
-        draw(list(step.calls(*UNARY))).target = draw(list(UNARY))
-    elif kind == "input":
-        pairs = [(n, s, other) for n in results for s in n.all_input_nodes for other in alike(step, s, n)]
-        node, source, other = draw(pairs)
+    choices = {
+        "another operator": list(step.calls(*UNARY)),
+        "another input": [(n, s, other) for n in results for s in n.all_input_nodes for other in alike(step, s, n)],
+        "a call behind it": results,
+        "another order in memory": results,
+        "nothing of it": [(n, other) for n in results for other in alike(step, n, n)],
+    }
+    kind = draw([kind for kind in choices if choices[kind]])
+    chosen = draw(choices[kind])
+    if kind == "another operator":
+        chosen.target = draw(list(UNARY))
+    elif kind == "another input":
+        node, source, other = chosen
         node.replace_input_with(source, other)
-    elif kind in ("call", "layout"):
-        node = draw(results)
-        readers = list(node.users)
-        with step.graph.inserting_after(node):
-            new = step.call(draw(list(UNARY)), node, origin=node)
-        if kind == "layout":
-            new.target, new.args = aten.transpose.int, (node, 1, 2)
-            for target, *args in ((draw(list(UNARY)),), (aten.transpose.int, 1, 2)):
-                with step.graph.inserting_after(new):
-                    new = step.call(target, new, *args, origin=node)
-        for reader in readers:
-            reader.replace_input_with(node, new)
+    elif kind == "nothing of it":
+        step.replace(*chosen)
     else:
-        pairs = [(n, other) for n in results for other in alike(step, n, n)]
-        step.replace(*draw(pairs))
+        readers = list(chosen.users)
+        turn = (aten.transpose.int, 1, 2)
+        calls = [(draw(list(UNARY)),)] if kind == "a call behind it" else [turn, (aten.contiguous.default,), turn]
+        new = chosen
+        for target, *args in calls:
+            with step.graph.inserting_after(new):
+                new = step.call(target, new, *args, origin=chosen)
+        for reader in readers:
+            reader.replace_input_with(chosen, new)
 
 
 @settings(deadline=None, derandomize=True, max_examples=12)
@@ -103,26 +116,22 @@ def edit(step: StepGraph, draw: Callable[[list[Any]], Any]) -> None:
 def test_incremental_propagation_equals_a_full_one(data: st.DataObject) -> None:
     """After any edits: dtypes, shapes, strides, offsets, and which values share memory."""
     step = step_of(varied)
-    for _ in range(6):
-        for _ in range(data.draw(st.integers(1, 3))):
-            edit(step, lambda choices: data.draw(st.sampled_from(choices)))
-            step.graph.lint()
-            step.propagate()
-            assert all("val" in node.meta for node in step.calls())
-        found = known(step)
-        assert found == known_afresh(step)
-        if not any(n.target in UNARY for n in step.calls()):
-            break
+    for _ in range(data.draw(st.integers(1, 5))):
+        edit(step, lambda choices: data.draw(st.sampled_from(choices)))
+        step.graph.lint()
+        step.propagate()
+    found = known(step)
+    assert found == known_afresh(step)
 
 
 @pytest.fixture
 def recomputed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the calls that were computed on fake tensors."""
+    """The names of the calls that were computed on fake tensors, but for those that read inputs and weights."""
     names: list[str] = []
     run_node = FakeTensorProp.run_node
 
     def counted(self: FakeTensorProp, n: fx.Node) -> Any:
-        if n.op == "call_function":
+        if n.op == "call_function" and all(source.op != "placeholder" for source in n.all_input_nodes):
             names.append(n.name)
         return run_node(self, n)
 
@@ -133,8 +142,7 @@ def recomputed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_what_has_not_changed_is_not_computed(recomputed: list[str]) -> None:
     """The first propagation computes all, the next nothing; the values are the same objects."""
     step = step_of(varied)
-    step.propagate()
-    values = {node: node.meta["val"] for node in step.calls()}
+    values = {node: node.meta["val"] for node in step.calls(*UNARY, aten.cat.default, aten.add.Tensor)}
     recomputed.clear()
     step.propagate()
     assert recomputed == []
@@ -144,33 +152,27 @@ def test_what_has_not_changed_is_not_computed(recomputed: list[str]) -> None:
 def test_a_change_without_effect_stays_local(recomputed: list[str]) -> None:
     """Where a call's result has the layout that it had, what reads it is not computed again."""
     step = step_of(lambda m, x: x.exp().sin() + x)
-    step.propagate()
     recomputed.clear()
     (exp,) = step.calls(aten.exp.default)
     exp.target = aten.neg.default
     step.propagate()
     assert recomputed == ["exp", "sin"]
-    recomputed.clear()
-    exp.args = (step.input("token_ids"),)
-    exp.target = aten.exp.default
 
 
 def test_another_layout_goes_on_until_nothing_changes(recomputed: list[str]) -> None:
     """Readers are computed while their results change, and no further."""
-    step = step_of(lambda m, x: (x.exp().sin() @ m.square).neg(), square=torch.eye(8))
-    step.propagate()
+    step = step_of(lambda m, x: (x.exp().sin() @ x.transpose(1, 2)).neg() @ x)
     (exp,) = step.calls(aten.exp.default)
     (x,) = exp.all_input_nodes
     with step.graph.inserting_before(exp):
         turned = step.call(aten.transpose.int, x, 1, 2, origin=x)
-        copied = step.call(aten.exp.default, turned, origin=x)
+        copied = step.call(aten.contiguous.default, turned, origin=x)
         back = step.call(aten.transpose.int, copied, 1, 2, origin=x)
     recomputed.clear()
     step.replace(exp, back)
     step.propagate()
     assert recomputed == [turned.name, copied.name, back.name, "sin", "matmul"]
     (sin,) = step.calls(aten.sin.default)
-    assert [str(s) for s in sin.meta["val"].stride()] != ["8*s", "8", "1"]
     assert sin.meta["val"].stride()[1] == 1
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllmc.ops.attention import QUERY_CHUNK, attention_out, reference
+from dllmc.ops.attention import QUERY_CHUNK, WINDOW_QUERY_CHUNK, attention_out, reference
 from dllmc.ops.registry import operator
 
 Array = NDArray[np.float64]
@@ -22,7 +22,15 @@ Spans = list[tuple[int, int]]
 Make = Callable[[int, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]]  # tokens, (q, kv) heads, head size
 
 
-def expected_of(q: Tensor, k: Tensor, v: Tensor, segments: Spans, scale: float, spans: Spans | None = None) -> Array:
+def expected_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Spans,
+    scale: float,
+    spans: Spans | None = None,
+    window: int | None = None,
+) -> Array:
     """One query at a time, in float64; UNTOUCHED where no span is. `spans`: the segments' queries, if not all."""
     queries, keys, values = (x.double().numpy() for x in (q, k, v))
     out = np.full(queries.shape, UNTOUCHED)
@@ -30,9 +38,12 @@ def expected_of(q: Tensor, k: Tensor, v: Tensor, segments: Spans, scale: float, 
         for head in range(q.shape[1]):
             shared = head * k.shape[1] // q.shape[1]
             for token in range(first, last):
-                scores = keys[start:end, shared] @ queries[token, head] * scale
+                left, right = (
+                    (start, end) if window is None else (max(start, token - window), min(end, token + window + 1))
+                )
+                scores = keys[left:right, shared] @ queries[token, head] * scale
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights @ values[start:end, shared] / weights.sum()
+                out[token, head] = weights @ values[left:right, shared] / weights.sum()
     return out
 
 
@@ -149,6 +160,54 @@ def test_segments_longer_than_a_chunk_of_queries() -> None:
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=4),
+    st.integers(0, 22),
+)
+def test_a_window_shows_the_tokens_around_each(
+    make: Make, heads: tuple[int, int], gaps_and_lengths: list[tuple[int, int]], window: int
+) -> None:
+    """Those of its segment at most `window` away, itself among them, wherever the segment lies."""
+    segments, end = [], 0
+    for gap, length in gaps_and_lengths:
+        segments.append((end + gap, end + gap + length))
+        end += gap + length
+    q, k, v = make(end + 1, heads, 8)
+    out, table = torch.full(q.shape, UNTOUCHED), tables(segments)[0]
+    attention_out(q, k, v, table, table, 0.3, out, window)
+    expected = expected_of(q, k, v, segments, 0.3, window=window)
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
+    found = reference(q, k, v, table, table, 0.3, window)
+    np.testing.assert_allclose(found, np.where(expected == UNTOUCHED, 0, expected), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 1, WINDOW_QUERY_CHUNK - 1, WINDOW_QUERY_CHUNK, 3 * WINDOW_QUERY_CHUNK])
+def test_windows_across_chunks_of_queries(window: int) -> None:
+    """Each chunk reads the keys in reach of its queries: at the ends of a segment, and in the middle."""
+    tokens, start = 4 * WINDOW_QUERY_CHUNK + 9, 5
+    q, k, v = heads_first(tokens, (2, 1), 4)
+    segments = [(start, tokens - 3), (tokens - 3, tokens)]
+    out, table = torch.full(q.shape, UNTOUCHED), tables(segments)[0]
+    attention_out(q, k, v, table, table, 0.5, out, window)
+    expected = expected_of(q, k, v, segments, 0.5, window=window)
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_windows_of_one_sequence_before_packing(heads: tuple[int, int]) -> None:
+    """`window_attention` takes [1, heads, tokens, head_dim], as torch's own attention does, and gives the same."""
+    tokens_first = contiguous(70, heads, 8)
+    q, k, v = (x.transpose(0, 1)[None] for x in tokens_first)
+    found = torch.ops.dllmc.window_attention(q, k, v, 0.3, 6)
+    expected = expected_of(*tokens_first, [(0, 70)], 0.3, window=6)
+    np.testing.assert_allclose(found[0].transpose(0, 1), expected, rtol=1e-4, atol=2e-5)
+    meta = torch.ops.dllmc.window_attention(*(x.to("meta") for x in (q, k, v)), 0.3, 6)
+    assert (meta.shape, meta.dtype, meta.stride()) == (found.shape, found.dtype, found.stride())
+
+
 def test_large_scores_do_not_overflow() -> None:
     """Scores of hundreds: one key takes all, and nothing becomes inf or nan."""
     q, k, v = (x * 40 for x in contiguous(9, (2, 1), 8))
@@ -185,5 +244,9 @@ def test_as_a_torch_operator_and_as_an_instruction() -> None:
     written = torch.empty(12, 4, 8)
     operator("dllmc.attention.default").bind([q, k, v, segments, segments, 0.3], [written], None)()
     assert torch.equal(returned, written)
+    windowed = torch.ops.dllmc.attention(q, k, v, segments, segments, 0.3, 2)
+    operator("dllmc.attention.default").bind([q, k, v, segments, segments, 0.3, 2], [written], None)()
+    assert torch.equal(windowed, written)
+    assert not torch.allclose(windowed, returned)
     meta = torch.ops.dllmc.attention(*(x.to("meta") for x in (q, k, v, segments, segments)), 0.3)
     assert (meta.shape, meta.dtype, meta.stride()) == (returned.shape, returned.dtype, returned.stride())

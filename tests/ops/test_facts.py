@@ -59,7 +59,8 @@ def observed(target: Any, args: Sequence[Any]) -> bool:
             axis = token_axis(old)
             assert axis is not None
             index = torch.tensor(others)
-            if not torch.allclose(old.index_select(axis, index), new.index_select(axis, index), rtol=0, atol=1e-9):
+            kept, now = (value.index_select(axis, index).double() for value in (old, new))
+            if not torch.allclose(kept, now, rtol=0, atol=1e-9):
                 return False
     return True
 
@@ -120,6 +121,18 @@ def binary(draw: Draw) -> list[Any]:
     shape = [size if kept else 1 for size, kept in zip(x.shape, keep, strict=True)]
     y = filled(shape[draw(st.integers(0, x.dim() - 1)) :], seed=100)
     return [x, y] if draw(st.booleans()) else [y, x]
+
+
+@st.composite
+def chosen(draw: Draw, numbers: int) -> list[Any]:
+    """A condition, and values of which it chooses."""
+    x, y = draw(binary())
+    return [x > 1, x, y] if numbers == 0 else [x, y > 1, 0.75]
+
+
+@st.composite
+def of_integers(draw: Draw, arguments: st.SearchStrategy[list[Any]]) -> list[Any]:
+    return [(x * 3).long() for x in draw(arguments)]
 
 
 @st.composite
@@ -307,6 +320,12 @@ POINTWISE: dict[str, Callable[[], st.SearchStrategy[list[Any]]]] = {
     **dict.fromkeys(("clamp.default", "clamp_max.default", "clamp_min.default", "pow.Tensor_Scalar"), with_number),
     **dict.fromkeys(("add.Tensor", "div.Tensor", "mul.Tensor", "sub.Tensor", "pow.Tensor_Tensor"), binary),
     **dict.fromkeys(("maximum.default", "minimum.default"), binary),
+    **dict.fromkeys(("eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar"), with_number),
+    **dict.fromkeys(("eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor"), binary),
+    **dict.fromkeys(("__and__.Tensor", "bitwise_and.Tensor"), lambda: of_integers(binary())),
+    "bitwise_not.default": lambda: of_integers(unary()),
+    "masked_fill.Scalar": lambda: chosen(numbers=1),
+    "where.self": lambda: chosen(numbers=0),
     "pow.Scalar": number_first,
     "dllmc.glu.default": gated,
     "to.dtype": lambda: tensors().map(lambda x: [x, torch.float32]),

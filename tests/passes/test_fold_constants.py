@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.graphs import Tiny, execute, lines, run, step_inputs, step_of, text
+from tests.graphs import Tiny, captured, execute, lines, run, step_inputs, step_of, text
 
 PASSES = "inline-regions,fold-constants"
 TABLE = torch.arange(8.0) / 7
@@ -42,6 +42,18 @@ def test_weights_are_not_folded() -> None:
     before = text(step)
     assert not run(step, PASSES).modified
     assert text(step) == before
+
+
+def test_a_buffer_without_value_is_left() -> None:
+    """One on the meta device has none yet; what is computed from nothing has its value all the same."""
+    with torch.device("meta"):
+        module = Tiny(lambda m, x: x * m.table.exp() * torch.arange(8, device=x.device).cos(), table=TABLE.to("meta"))
+    step = captured(module)
+    entry = run(step, PASSES)
+    assert entry.stats == {"folded": 2, "constants": 1}
+    assert text(step).startswith("0 = exp(self.table)\n1 = mul(x, 0)\n2 = mul(1, constant.cos)\n")
+    assert torch.equal(step.tensors["constant.cos"], torch.arange(8).cos())
+    assert step.tensors["self.table"].is_meta
 
 
 def test_a_constant_has_memory_of_its_own() -> None:

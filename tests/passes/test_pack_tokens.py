@@ -24,7 +24,7 @@ from tests.graphs import (
     text,
 )
 
-BEFORE = "inline-regions,remove-noops,lift-positions"
+BEFORE = "inline-regions,remove-noops,classify-masks,lift-positions"
 PASSES = f"{BEFORE},pack-tokens"
 LENGTHS = (5, 1, 9)
 
@@ -60,6 +60,36 @@ def expanded(module: Tiny, x: Tensor) -> Tensor:
     q, *kv = projections(module, x)
     k, v = (t[:, :, None].expand(1, 2, 2, t.shape[2], 2).reshape(1, 4, t.shape[2], 2) for t in kv)
     return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def repeated_tokens_first(module: Tiny, x: Tensor) -> Tensor:
+    """Keys [1, T, 2, 2] repeated before their axes are moved, values by another order of moves."""
+    q, k, v = (t.transpose(1, 2) for t in projections(module, x))
+    k = k.repeat_interleave(2, dim=2).transpose(1, 2)
+    v = v.unsqueeze(3).expand(1, -1, 2, 2, 2).flatten(2, 3).permute(0, 2, 1, 3)
+    return merged(F.scaled_dot_product_attention(q.transpose(1, 2), k, v))
+
+
+def repeated_by_views(module: Tiny, x: Tensor) -> Tensor:
+    """An axis of one added by a view, and a copy made of what is expanded."""
+    q, *kv = projections(module, x)
+    k, v = (t.reshape(1, 2, 1, -1, 2).expand(1, 2, 2, -1, 2).contiguous().view(1, 4, -1, 2) for t in kv)
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def tiled(module: Tiny, x: Tensor) -> Tensor:
+    """Copies of all heads one after the other: query head g does not read KV head g // 2."""
+    q, *kv = projections(module, x)
+    k, v = (t[:, None].expand(1, 2, 2, -1, 2).reshape(1, 4, -1, 2) for t in kv)
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def windowed(module: Tiny, x: Tensor) -> Tensor:
+    q, k, v = projections(module, x)
+    positions = torch.arange(x.shape[1])
+    near = (positions[:, None] - positions).abs() <= 2
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    return merged(F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=0.3))
 
 
 def grouped(module: Tiny, x: Tensor) -> Tensor:
@@ -105,11 +135,15 @@ def test_attention_reads_segments() -> None:
         (scaled, 1),
         (interleaved, 2),
         (expanded, 2),
+        (repeated_tokens_first, 2),
+        (repeated_by_views, 2),
+        (tiled, 1),
+        (windowed, 2),
         (grouped, 2),
     ],
 )
 def test_packed_segments_compute_what_each_computes_alone(body: Body, groups: int) -> None:
-    """Cases 1 and 2: requests of different lengths in one step; repeated KV heads are read where they are."""
+    """Cases 1 to 3: requests of different lengths in one step; repeated KV heads are read where they are."""
     step = step_of(body)
     inputs = step_inputs(*LENGTHS)
     expected = execute_alone(step, inputs)
@@ -135,13 +169,6 @@ class Causal(Tiny):
     def forward(self, token_ids: Tensor) -> Tensor:
         q = heads_of(self.embed(token_ids))
         y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-        return self.head(merged(y))
-
-
-class Masked(Tiny):
-    def forward(self, token_ids: Tensor) -> Tensor:
-        q = heads_of(self.embed(token_ids))
-        y = F.scaled_dot_product_attention(q, q, q, attn_mask=(token_ids != 0)[:, None, None])
         return self.head(merged(y))
 
 
@@ -177,7 +204,6 @@ class Unbatched(Tiny):
     ("model", "message"),
     [
         (Causal, "attention with a causal mask; expected bidirectional self-attention"),
-        (Masked, "attention with a mask; expected bidirectional self-attention"),
         (Dropped, "attention with dropout; expected bidirectional self-attention"),
         (Crossed, "found an operand ['1', '2', '7', '4']"),
         (Narrow, "expected q, k and v of one head_dim, found [4, 4, 2]"),

@@ -27,6 +27,9 @@ class WithOptions(Pass):
     name = "with-options"
     chunk_rows: int = 8
     tile: int = 256
+    exact: bool = False
+    largest_error: float = 1e-5
+    rule: str = "first"
 
     def run(self, step: StepGraph) -> PassResult:
         return PassResult(False, {"seen": self.chunk_rows})
@@ -44,7 +47,14 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 passes = st.one_of(
     st.sampled_from(pipeline.DEFAULT_PIPELINE.split(",")).map(lambda name: pipeline.lookup(name)()),
-    st.builds(WithOptions, st.integers(0, 99), st.integers(0, 2**40)),
+    st.builds(
+        WithOptions,
+        st.integers(0, 99),
+        st.integers(0, 2**40),
+        st.booleans(),
+        st.floats(0, 1e15),
+        st.from_regex(r"[a-z0-9_.-]+", fullmatch=True),
+    ),
     st.builds(WithOptions),
 )
 
@@ -66,6 +76,10 @@ def test_options_are_printed_as_they_are_written() -> None:
     text = "cse,with-options{chunk-rows=16,tile=4},with-options{tile=1},with-options"
     assert pipeline.text_of(pipeline.parse(text)) == text
     assert pipeline.parse(text)[1] == WithOptions(16, 4)
+    text = "with-options{exact=true,largest-error=1e-07,rule=widest_first},with-options{largest-error=0.25}"
+    assert pipeline.text_of(pipeline.parse(text)) == text
+    assert pipeline.parse(text)[0] == WithOptions(exact=True, largest_error=1e-7, rule="widest_first")
+    assert pipeline.parse("with-options{exact=false,largest-error=2}") == (WithOptions(largest_error=2.0),)
     assert pipeline.parse("with-options{}") == (WithOptions(),)
     assert pipeline.parse(" ") == ()
 
@@ -83,10 +97,17 @@ def test_the_default_pipeline_has_every_pass_once() -> None:
     [
         ("cse,fuse-everything", "no pass is named 'fuse-everything'; choose from: inline-regions, remove-noops, "),
         ("cse{chunk=8}", "pass 'cse' has no option 'chunk'; its options: none"),
-        ("with-options{rows=8}", "pass 'with-options' has no option 'rows'; its options: chunk-rows, tile"),
+        ("with-options{rows=8}", "pass 'with-options' has no option 'rows'; its options: chunk-rows, tile, exact, "),
         ("with-options{tile}", "option 'tile' of pass 'with-options': expected an integer, found ''"),
         ("with-options{tile=big}", "option 'tile' of pass 'with-options': expected an integer, found 'big'"),
         ("with-options{tile=-1}", "expected an integer, found '-1'"),
+        ("with-options{tile=1.5}", "expected an integer, found '1.5'"),
+        ("with-options{exact=1}", "option 'exact' of pass 'with-options': expected true or false, found '1'"),
+        ("with-options{exact}", "expected true or false, found ''"),
+        ("with-options{largest-error=tiny}", "expected a number, found 'tiny'"),
+        ("with-options{largest-error=nan}", "expected a number, found 'nan'"),
+        ("with-options{rule=}", "option 'rule' of pass 'with-options': expected a word, found ''"),
+        ("with-options{rule=a b}", "expected a word, found 'a b'"),
         ("cse,,lower", "expected NAME or NAME{OPTION=VALUE,...}, found ''"),
         ("cse,", "expected NAME or NAME{OPTION=VALUE,...}, found ''"),
         ("cse{", "expected NAME or NAME{OPTION=VALUE,...}, found 'cse{'"),
@@ -108,13 +129,13 @@ def test_text_that_is_no_pipeline(text: str, message: str) -> None:
     ("text", "message"),
     [
         ("cse", "pass 'cse' requires flat, which nothing before it ensures; this order would do: inline-regions,cse"),
-        ("inline-regions,select-logit-rows", "requires packed, .* this order would do: inline-regions,.*,pack-tokens,select"),
+        ("inline-regions,select-logit-rows", "requires packed, .* would do: inline-regions,.*,pack-tokens,select"),
         ("cse,inline-regions", "requires flat, .* this order would do: inline-regions,cse"),
         ("inline-regions,fuse-head", "pass 'fuse-head' requires rows-selected, .*,select-logit-rows,fuse-head"),
     ],
 )
 def test_a_pass_needs_its_facts(text: str, message: str) -> None:
-    """Nothing runs where a pass would meet a graph that nothing made fit for it; the error gives an order that works."""
+    """Nothing runs where a pass would meet a graph that is not fit for it; the error gives an order that works."""
     step = step_of(lambda m, x: x.clone())
     before = str(step.graph)
     with pytest.raises(PassError, match=message) as error:

@@ -25,6 +25,12 @@ PASSES = "inline-regions,remove-noops"
         ),
         (lambda m, x: x[:, : x.shape[1]].exp(), 1, "0 = exp(x)"),
         (lambda m, x: x[:, :, :99].expand(1, x.shape[1], 8).exp(), 2, "0 = exp(x)"),
+        (
+            lambda m, x: x * (torch.arange(5) + 0).sum(),
+            1,
+            "0 = arange(5, device=cpu, pin_memory=False) \n 1 = sum(0) \n 2 = mul(x, 1)",
+        ),
+        (lambda m, x: torch.cat((torch.tensor([]), x.exp()), dim=-2), 3, "0 = exp(x)"),
     ],
     ids=(
         "case 1: checks",
@@ -32,9 +38,11 @@ PASSES = "inline-regions,remove-noops"
         "case 3: conversions to the same dtype",
         "case 4: dropout outside training",
         "case 4: dropout with probability 0",
-        "case 5: contiguous",
-        "case 6: a slice of everything",
-        "case 6: slice and expand to the same shape",
+        "case 2: contiguous",
+        "case 5: a slice of everything",
+        "case 5: slice and expand to the same shape",
+        "case 5: a sum with 0",
+        "case 6: a fresh cache",
     ),
 )
 def test_what_changes_no_value_is_removed(body: Body, removed: int, after: str) -> None:
@@ -49,6 +57,18 @@ def test_what_changes_no_value_is_removed(body: Body, removed: int, after: str) 
     head = f"{last} = linear({last - 1}, head.weight) \n {last + 1} = select({last}, 0, 0) \n return logits={last + 1}"
     assert text(step) == lines(f"{after} \n {head}")
     torch.testing.assert_close(execute(step, inputs)["logits"], expected, rtol=0, atol=1e-6)  # layouts may differ
+
+
+def test_a_view_of_a_copy_becomes_a_reshape() -> None:
+    """Case 2: what made the layout that a view demands is gone; numbers stay."""
+    step = step_of(lambda m, x: x.unflatten(-1, (2, 4)).transpose(2, 3).contiguous().view(1, x.shape[1], 8))
+    inputs = step_inputs(5)
+    expected = execute(step, inputs)["logits"]
+    assert run(step, PASSES).stats == {"removed": 1, "respelled": 1}
+    shown = text(step)
+    assert "2 = reshape(1, [1, tokens, 8])" in shown
+    assert "view" not in shown
+    assert torch.equal(execute(step, inputs)["logits"], expected)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +97,11 @@ def test_conversions_have_one_spelling(body: Body) -> None:
         lambda m, x: x[:, :, 1:].exp().sum(-1, keepdim=True) * x,
         lambda m, x: x[:, :, :1].expand(1, x.shape[1], 8),
         lambda m, x: F.dropout(x, 0.5, training=True),
+        lambda m, x: x + 0,
+        lambda m, x: x + torch.arange(8) + 1,
+        lambda m, x: torch.cat((x[:, :0], x), dim=1)[:, :, :4].repeat(1, 1, 2),
     ],
-    ids=("a slice that cuts", "an expand that repeats", "dropout in training"),
+    ids=("a slice that cuts", "an expand that repeats", "dropout in training", "+ 0 of floats", "+ 1", "cat of parts"),
 )
 def test_what_changes_values_stays(body: Body) -> None:
     """Nothing to remove: not modified."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.graphs import SPEC, Body, Tiny, execute, execute_alone, heads_of, lines, run, step_inputs, step_of, text
 
-BEFORE = "inline-regions,remove-noops,lift-positions,pack-tokens"
+BEFORE = "inline-regions,remove-noops,classify-masks,lift-positions,pack-tokens"
 PASSES = f"{BEFORE},select-logit-rows"
 INPUTS = step_inputs(5, 7, rows=(4, 1, 6, 5), twins={2: 11})
 
@@ -107,6 +107,23 @@ def test_projections_of_queries_work_on_rows() -> None:
     assert [step.axis_of(n) is None for n in linears] == [False, False, True, False, True]
     first, last = (n for n in step.calls() if "attention" in str(n.target))
     assert [str(n.args[3]) for n in (first, last)] == ["segments", "row_spans"]
+    torch.testing.assert_close(execute(step, INPUTS)["logits"], all_logits[INPUTS["rows"]], rtol=0, atol=1e-6)
+
+
+def test_attention_with_a_window_keeps_all_queries() -> None:
+    """The window is counted from each query's own token, which rows do not have: the gather stays below."""
+
+    def near(module: Tiny, x: Tensor) -> Tensor:
+        q, positions = heads_of(x), torch.arange(x.shape[1])
+        mask = (positions - positions[:, None]).abs() <= 1
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    step = step_of(near)
+    all_logits = execute_alone(step, INPUTS)
+    run(step, PASSES)
+    (attention,) = (n for n in step.calls() if "attention" in str(n.target))
+    assert step.axis_of(attention) == 0
+    assert [str(node) for node in attention.args[3:5]] == ["segments", "segments"]
     torch.testing.assert_close(execute(step, INPUTS)["logits"], all_logits[INPUTS["rows"]], rtol=0, atol=1e-6)
 
 
