@@ -98,9 +98,7 @@ def main(depths: tuple[int, ...], out: Path, alone: bool) -> None:
         }
         for r in records
     ]
-    report.print_table(
-        "Capture and all passes, LLaDA-8B's shape without weights", rows, notes=[report.summary(facts)]
-    )
+    report.print_table("Capture and all passes, LLaDA-8B's shape without weights", rows, notes=[report.summary(facts)])
     report.write_json(out, {"benchmark": "compile_time", "environment": facts, "config": LLADA_8B, "records": records})
 
 

@@ -18,7 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import HINTS, Role, StepGraph, Tensors, is_users, line_of
+from dllmc.ir.provenance import is_users, line_of
+from dllmc.ir.step_graph import HINTS, Role, StepGraph, Tensors
 from dllmc.spec import ModelSpec
 
 _PREFIX = "module."

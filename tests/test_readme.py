@@ -98,7 +98,30 @@ def checkpoints() -> list[str]:
     ]
 
 
+def compile_times() -> list[str]:
+    """A row for each depth in the results of benchmarks/compile_time.py."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "compile_time.json").read_text())["records"]
+    return [
+        f"| {r['layers']} | {r['seconds']:.1f} s | {r['capture_seconds']:.1f} s | {r['peak_bytes'] / 2**30:.2f} GiB | "
+        f"{r['instructions']} | {r['arena_bytes'] / 2**20:.0f} MiB |"
+        for r in records
+    ]
+
+
+def fused() -> list[str]:
+    """A row for each fused operator in the results of benchmarks/fused_cpu.py: the range of its costs."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "fused_cpu.json").read_text())["results"]
+    ranges: dict[tuple[str, str], list[float]] = {}
+    for r in records:
+        ranges.setdefault((r["op"], r["dtype"]), []).append(r["of_replaced"])
+    cells = {key: f"{min(costs):.2f} to {max(costs):.2f}" for key, costs in ranges.items()}
+    names = dict.fromkeys(op for op, _ in cells)
+    return [f"| `{op}` | {cells[op, 'float32']} | {cells[op, 'bfloat16']} |" for op in names]
+
+
 def test_figures_are_the_benchmarks() -> None:
     """The tables have the rows that the results have, and no others."""
     assert table("First figures") == figures()
+    assert table("What compiling takes") == compile_times()
+    assert table("What fusing saves") == fused()
     assert table("Bundled checkpoints") == checkpoints()

@@ -12,7 +12,8 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, layer_of, source_line
+from dllmc.ir.provenance import layer_of, source_line
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.trace import Call, Graph
 
 # Options of a call that say nothing about the values it computes.

@@ -7,7 +7,6 @@ Passes rewrite `graph`; the pipeline then calls `propagate`, which brings `meta[
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from dllmc.errors import CaptureError
 from dllmc.ir.program import SYMBOLS, Affine, Program
+from dllmc.ir.provenance import describe
 from dllmc.spec import ModelSpec
 
 # Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
@@ -28,8 +28,6 @@ HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
 
 # What export notes at a node of where it came from.
 _ORIGIN = ("stack_trace", "nn_module_stack")
-
-_NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", "torch/", str(Path(__file__).parents[1] / "capture.py"))
 
 
 @dataclass(frozen=True)
@@ -274,34 +272,3 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
-
-
-def layer_of(node: fx.Node) -> str:
-    """The path of the repeated layer that a call belongs to, `model.layers.3` say; empty outside of any."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    match = re.match(r"(?:module\.)?(.*?\.\d+)(?:\.|$)", max(paths, key=len, default=""))
-    return match[1] if match else ""
-
-
-def source_line(node: fx.Node) -> str:
-    """`file:line, in function: code` of the user's model, the innermost frame of its own; empty if unknown."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', trace)
-    return next((line_of(*frame) for frame in reversed(frames) if is_users(frame[0])), "")
-
-
-def line_of(path: str, line: str | int | None, function: str, code: str | None) -> str:
-    """A stack frame for messages."""
-    return f"{path}:{line}, in {function}: {(code or '').strip()}"
-
-
-def is_users(path: str) -> bool:
-    """Whether a source file is the user's: neither torch's nor what `capture` wraps around the module."""
-    return not path.startswith(_NOT_THE_USERS)
-
-
-def describe(node: fx.Node) -> str:
-    """A node for messages: its name, its operator and its line in the user's model."""
-    line = source_line(node)
-    return f"{node.name} ({node.target})" + (f" at {line}" if line else "")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
-from dllmc.ir.step_graph import StepGraph, describe, source_line
+from dllmc.ir.provenance import describe, source_line
+from dllmc.ir.step_graph import StepGraph
 
 aten = torch.ops.aten
 

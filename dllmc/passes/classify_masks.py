@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops import attention  # noqa: F401  (registers the operator)
 from dllmc.ops.facts import argument
 from dllmc.passes.base import Pass, PassResult
@@ -65,6 +66,7 @@ def _set_window(step: StepGraph, node: fx.Node, window: int | None) -> None:
     scale = 1 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else float(scale)
     with step.graph.inserting_before(node):
         windowed = step.call(torch.ops.dllmc.window_attention.default, q, k, v, scale, window, origin=node)
+    windowed.meta["val"] = node.meta["val"]
     step.replace(node, windowed)
 
 

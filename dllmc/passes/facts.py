@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from dllmc.errors import CaptureError, ProgramError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.memory.verifier import verify
 from dllmc.ops.facts import argument, is_row_wise
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops import decode_head, guide_rows  # noqa: F401  (register the operators)
 from dllmc.ops.facts import argument
 from dllmc.passes.base import Pass, PassResult, Values

@@ -7,7 +7,8 @@ from torch import fx
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.passes.base import Pass, PassResult
 
 # Operator -> how many leading arguments configure the region; the subgraph and its inputs follow.

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops.facts import argument
 from dllmc.passes.base import Pass, PassResult
 from dllmc.passes.by_length import by_length

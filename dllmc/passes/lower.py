@@ -9,7 +9,8 @@ from torch import fx
 
 from dllmc.errors import PassError
 from dllmc.ir.program import Affine, DType, Instruction, Operand, Program, Shape, Tensor, View, dense_strides
-from dllmc.ir.step_graph import StepGraph, describe, source_line
+from dllmc.ir.provenance import describe, source_line
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops.registry import OPERATORS
 from dllmc.passes.base import Pass, PassResult
 

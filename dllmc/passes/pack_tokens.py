@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from dllmc.errors import CaptureError
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops import attention  # noqa: F401  (registers the operator)
 from dllmc.ops.facts import argument
 from dllmc.passes.base import Pass, PassResult

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dllmc.ir.step_graph import StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import StepGraph
 from dllmc.ops.facts import argument
 from dllmc.passes.base import PassResult
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from dllmc.errors import PassError
-from dllmc.ir.step_graph import Role, StepGraph, describe
+from dllmc.ir.provenance import describe
+from dllmc.ir.step_graph import Role, StepGraph
 from dllmc.passes.base import LogEntry, Observer, Pass, Values
 from dllmc.passes.fuse_head import is_clear
 from dllmc.spec import MAX_SUPPRESS_TOKENS

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from dllmc.ir.step_graph import Role, StepGraph, Tensors, layer_of, source_line
+from dllmc.ir.provenance import layer_of, source_line
+from dllmc.ir.step_graph import Role, StepGraph, Tensors
 from tests.graphs import VOCAB, WIDTH, Body, Tiny, captured, execute, lines, run, step_inputs, text
 from tests.graphs import step_of as captured_of
 

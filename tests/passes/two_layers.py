@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dllmc.ir.step_graph import StepGraph, layer_of
+from dllmc.ir.provenance import layer_of
+from dllmc.ir.step_graph import StepGraph
 from dllmc.passes import pipeline
 from dllmc.passes.base import Pass, PassResult
 from dllmc.spec import ModelSpec
