@@ -13,11 +13,11 @@ ORDER = DEFAULT_PIPELINE.split(",")
 
 
 def attend(module: Tiny, x: Tensor) -> Tensor:
-    """Every fact has something to say about this: a region, a table, attention, a shared value, a head."""
+    """Every fact has something to say about this: a region, a table, masked attention, a shared value, a head."""
     with torch.no_grad():
         y = x * module.table[: x.shape[1]]
-    q = heads_of(y)
-    return x + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+    q, mask = heads_of(y), torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    return x + F.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def history() -> list[dict[str, str | None]]:
     ("fact", "by", "problem"),
     [
         ("flat", "inline-regions", "is not a call of an operator"),
+        ("masks-classified", "classify-masks", "has a mask"),
         ("positions-lifted", "lift-positions", "its value depends on the length of the sequence"),
         ("packed", "pack-tokens", "is not packed"),
         ("rows-selected", "select-logit-rows", "is computed for every token"),

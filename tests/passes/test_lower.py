@@ -187,7 +187,7 @@ class Spread(Tiny):
     [
         (
             Spread,
-            "no operator of a program computes this; programs have aten.abs.default, ",
+            "no operator of a program computes this; programs have aten.__and__.Tensor, ",
             "x.var(-1, keepdim=True)",
         ),
     ],

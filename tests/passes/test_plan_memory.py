@@ -91,5 +91,5 @@ def test_planning_does_not_modify_the_graph() -> None:
 
 def test_a_step_without_a_program_cannot_be_planned() -> None:
     """The pipeline says what is missing, and which pass would make it."""
-    with pytest.raises(PassError, match=r"'plan-memory' requires lowered, .* put lower before it"):
+    with pytest.raises(PassError, match=r"'plan-memory' requires lowered, .* would do: .*,lower,plan-memory"):
         run(step_of(lambda m, x: x), "plan-memory")
