@@ -124,6 +124,16 @@ def test_weights_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in step.tensors.values())
 
 
+def test_odd_weights_beside_wrapped_regions() -> None:
+    """A weight that has to be copied has its values propagated anew, through autocast regions that are still wrapped."""
+    model = drawn(LikeLLaDA())
+    with torch.no_grad():
+        model.get_submodule("q_proj").weight = nn.Parameter(model.get_parameter("q_proj.weight").t().contiguous().t())
+    step = capture(model, SPEC, MAXIMA)
+    assert torch.equal(step.tensors["q_proj.weight"], model.get_parameter("q_proj.weight"))
+    assert step.tensors["q_proj.weight"].is_contiguous()
+
+
 def test_a_tied_weight_is_one_tensor() -> None:
     """Whether two names hold one parameter, or two parameters one memory."""
     step = capture(drawn(LearnedPositions(sliced=True)), SPEC, MAXIMA)

@@ -238,7 +238,7 @@ class _Propagation(FakeTensorProp):
         if n.op != "call_function":
             return super().run_node(n)
         before, old = n.meta.get("computed_from"), n.meta.get("val")
-        now = n.target, n.args, n.kwargs, [_Same(source.meta["val"]) for source in n.all_input_nodes]
+        now = n.target, n.args, n.kwargs, [_Same(source.meta.get("val")) for source in n.all_input_nodes]
         if before == now:
             return old
         result = super().run_node(n)
