@@ -125,7 +125,7 @@ def test_weights_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
 
 
 def test_odd_weights_beside_wrapped_regions() -> None:
-    """A weight that has to be copied has its values propagated anew, through autocast regions that are still wrapped."""
+    """A weight that has to be copied is propagated anew, through regions that are still wrapped."""
     model = drawn(LikeLLaDA())
     with torch.no_grad():
         model.get_submodule("q_proj").weight = nn.Parameter(model.get_parameter("q_proj.weight").t().contiguous().t())
