@@ -104,4 +104,4 @@ def test_any_order_computes_what_the_module_does_on_a_sample() -> None:
 @pytest.mark.slow
 def test_any_order_computes_what_the_module_does() -> None:
     """The same over many modules and orders."""
-    check(max_examples=300)
+    check(max_examples=100)
