@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import platform
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Under nohup SIGINT is ignored, and so it would be in the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU, Triton kernels are tested by interpretation; Triton asks when a kernel is defined.
 if not torch.cuda.is_available():
