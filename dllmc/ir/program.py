@@ -14,8 +14,11 @@ from dllmc.errors import ProgramError
 SYMBOLS = ("tokens", "rows", "guided", "segments")
 """The sizes of a step: packed tokens, rows of the head, rows of those that are guided, segments of tokens."""
 
-LEAST = {"tokens": 1, "rows": 1, "guided": 0, "segments": 1}
-"""The smallest sizes that a step can have."""
+CHUNK, START = "chunk", "start"
+"""Sizes within a `ForRows`: the rows of an iteration, and those before it."""
+
+LEAST = {"tokens": 1, "rows": 1, "guided": 0, "segments": 1, CHUNK: 1, START: 0}
+"""The smallest sizes that a step, or an iteration, can have."""
 
 Sizes = Mapping[str, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -38,11 +41,18 @@ class Affine:
         ends = (coefficient * (LEAST if coefficient > 0 else maxima)[symbol] for symbol, coefficient in self.terms)
         return self.constant + sum(ends)
 
+    def of(self, symbol: str) -> int:
+        """The coefficient of a symbol."""
+        return dict(self.terms).get(symbol, 0)
+
     def __add__(self, other: "Affine") -> "Affine":
         terms = dict(self.terms)
         for symbol, coefficient in other.terms:
             terms[symbol] = terms.get(symbol, 0) + coefficient
         return Affine(self.constant + other.constant, tuple(sorted((s, c) for s, c in terms.items() if c)))
+
+    def __sub__(self, other: "Affine") -> "Affine":
+        return self + product(Affine(-1), other)
 
     def __str__(self) -> str:
         parts = [s if c == 1 else f"{c}*{s}" for s, c in self.terms]
@@ -90,7 +100,7 @@ class DType:
     name: str
 
 
-Operand = View | DType | bool | int | float | str | None | tuple["Operand", ...]
+Operand = View | DType | Affine | bool | int | float | str | None | tuple["Operand", ...]
 
 
 @dataclass(frozen=True)
@@ -109,15 +119,30 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class ForRows:
+    """Instructions that run for `chunk` rows of `extent`, then for the next ones; the last time for what is left.
+
+    Within, `chunk` is the number of rows and `start` that of those before them. A buffer whose shape has `chunk` in it
+    belongs to one `ForRows` and keeps nothing from one iteration to the next.
+    """
+
+    extent: Affine
+    body: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True)
 class Program:
-    """A phase's step. `maxima` are the sizes that offsets were planned for; a step may be smaller, never larger."""
+    """A phase's step. `maxima` are the sizes that offsets were planned for; a step may be smaller, never larger.
+
+    `chunk` is among them where there is a `ForRows`: the rows of an iteration.
+    """
 
     name: str
     maxima: dict[str, int]
     inputs: dict[str, Tensor]
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[Instruction | ForRows, ...]
     outputs: dict[str, View]
     arena_bytes: int | None = None
     lower_bound_bytes: int | None = None
@@ -131,6 +156,24 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of all weights and constants."""
         return sum(t.size_bytes(self.maxima) for t in self.weights.values())
+
+    def calls(self) -> Iterator[tuple[Instruction, ForRows | None]]:
+        """Every instruction once, in order, and the `ForRows` that it is in; lifetimes count these."""
+        for item in self.instructions:
+            if isinstance(item, ForRows):
+                yield from ((instruction, item) for instruction in item.body)
+            else:
+                yield item, None
+
+    def iterations(self, loop: ForRows, sizes: Sizes) -> Iterator[Sizes]:
+        """The sizes of each iteration of a loop in a step of given sizes."""
+        extent = loop.extent.at(sizes)
+        for start in range(0, extent, self.maxima[CHUNK]):
+            yield {**sizes, START: start, CHUNK: min(self.maxima[CHUNK], extent - start)}
+
+    def is_chunk(self, base: str) -> bool:
+        """Whether a buffer holds the rows of one iteration."""
+        return base in self.buffers and any(dim.of(CHUNK) for dim in self.buffers[base].shape)
 
     def tensor(self, base: str) -> Tensor:
         """The input, weight or buffer of that name."""

@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 
 from dllmc.errors import ProgramError
 from dllmc.ir.program import (
+    CHUNK,
     DTYPE_BYTES,
+    START,
     SYMBOLS,
     Affine,
     DType,
+    ForRows,
     Instruction,
     Operand,
     Program,
@@ -28,6 +31,7 @@ from dllmc.ir.program import (
 MAX_BITS = 48
 MAX_DIMENSIONS = 64
 GROUPS = ("inputs", "weights", "buffers")
+_SIZES = (*SYMBOLS, CHUNK, START)
 
 T = TypeVar("T")
 Tensors = Mapping[str, Tensor]
@@ -44,7 +48,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "arena_bytes": program.arena_bytes,
         "lower_bound_bytes": program.lower_bound_bytes,
         **{group: {k: _tensor_json(t) for k, t in getattr(program, group).items()} for group in GROUPS},
-        "instructions": [_instruction_json(program, instruction) for instruction in program.instructions],
+        "instructions": [_item_json(program, item) for item in program.instructions],
         "outputs": {name: _operand_json(program, view) for name, view in program.outputs.items()},
     }
 
@@ -66,6 +70,12 @@ def _tensor_json(tensor: Tensor) -> dict[str, Any]:
     return plain
 
 
+def _item_json(program: Program, item: Instruction | ForRows) -> dict[str, Any]:
+    if isinstance(item, Instruction):
+        return _instruction_json(program, item)
+    return {"for_rows": _affine_json(item.extent), "body": [_instruction_json(program, i) for i in item.body]}
+
+
 def _instruction_json(program: Program, instruction: Instruction) -> dict[str, Any]:
     lists = {name: [_operand_json(program, o) for o in getattr(instruction, name)] for name in ("inputs", "outputs")}
     return vars(instruction) | lists
@@ -82,6 +92,8 @@ def _operand_json(program: Program, operand: Operand) -> Any:
         return {"dtype": operand.name}
     if isinstance(operand, tuple):
         return [_operand_json(program, o) for o in operand]
+    if isinstance(operand, Affine):
+        return {"size": _affine_json(operand)}
     if isinstance(operand, float) and math.isinf(operand):
         return {"float": str(operand)}  # JSON has no spelling of it
     return operand
@@ -100,7 +112,10 @@ def _affine_json(affine: Affine) -> int | dict[str, int]:
 
 def _program_from(data: Any, where: str) -> Program:
     document = _fields(data, where, {f.name for f in fields(Program)})
-    maxima = _fields(document["maxima"], f"{where}: maxima", set(SYMBOLS))
+    instructions = _typed(document["instructions"], list, f"{where}: instructions")
+    loops = any(isinstance(item, dict) and "for_rows" in item for item in instructions)
+    sizes = (*SYMBOLS, CHUNK) if loops else SYMBOLS
+    maxima = _fields(document["maxima"], f"{where}: maxima", set(sizes))
     groups = {
         group: {
             name: _tensor_from(entry, group == "buffers", f"{where}: {group}.{name}")
@@ -113,16 +128,15 @@ def _program_from(data: Any, where: str) -> Program:
         for name in entries:
             _require(name not in tensors, f"{where}: {group}", "names that no other tensor has", name)
         tensors |= entries
-    instructions = _typed(document["instructions"], list, f"{where}: instructions")
     outputs = _typed(document["outputs"], dict, f"{where}: outputs")
     return Program(
         name=_typed(document["name"], str, f"{where}: name"),
-        maxima={symbol: _count(maxima[symbol], f"{where}: maxima.{symbol}", least=1) for symbol in SYMBOLS},
+        maxima={symbol: _count(maxima[symbol], f"{where}: maxima.{symbol}", least=1) for symbol in sizes},
         inputs=groups["inputs"],
         weights=groups["weights"],
         buffers=groups["buffers"],
         instructions=tuple(
-            _instruction_from(entry, groups["buffers"], tensors, f"{where}: instructions[{number}]")
+            _item_from(entry, groups["buffers"], tensors, f"{where}: instructions[{number}]")
             for number, entry in enumerate(instructions)
         ),
         outputs={name: _view_from(view, tensors, f"{where}: outputs.{name}") for name, view in outputs.items()},
@@ -144,6 +158,19 @@ def _tensor_from(data: Any, is_buffer: bool, where: str) -> Tensor:
     ends = [_count(n, f"{where}.lifetime") for n in _typed(entry["lifetime"], list, f"{where}.lifetime")]
     _require(len(ends) == 2 and ends == sorted(ends), f"{where}.lifetime", "two instruction numbers in order", ends)
     return Tensor(dtype, shape, offset, (ends[0], ends[1]))
+
+
+def _item_from(data: Any, buffers: Tensors, tensors: Tensors, where: str) -> Instruction | ForRows:
+    if "for_rows" not in _typed(data, dict, where):
+        return _instruction_from(data, buffers, tensors, where)
+    entry = _fields(data, where, {"for_rows", "body"})
+    extent = _affine_from(entry["for_rows"], f"{where}.for_rows")
+    ok = not {START, CHUNK} & dict(extent.terms).keys()
+    _require(ok, f"{where}.for_rows", f"a size in {', '.join(SYMBOLS)}", entry["for_rows"])
+    body = _typed(entry["body"], list, f"{where}.body")
+    return ForRows(
+        extent, tuple(_instruction_from(i, buffers, tensors, f"{where}.body[{n}]") for n, i in enumerate(body))
+    )
 
 
 def _instruction_from(data: Any, buffers: Tensors, tensors: Tensors, where: str) -> Instruction:
@@ -170,6 +197,8 @@ def _operand_from(data: Any, tensors: Tensors, where: str) -> Operand:
         if set(data) == {"float"}:
             _require(data["float"] in ("inf", "-inf"), f"{where}.float", "'inf' or '-inf'", data["float"])
             return float(data["float"])
+        if set(data) == {"size"}:
+            return _affine_from(data["size"], f"{where}.size")
         return _view_from(data, tensors, where)
     if isinstance(data, int) and not isinstance(data, bool):
         _require(-(2**63) <= data < 2**63, where, "an integer of 64 bits", data)
@@ -203,9 +232,9 @@ def _shape_from(data: Any, where: str) -> Shape:
 def _affine_from(data: Any, where: str) -> Affine:
     if not isinstance(data, dict):
         return Affine(_integer(data, where))
-    entry = _fields(data, where, set(), (*SYMBOLS, "constant"))
+    entry = _fields(data, where, set(), (*_SIZES, "constant"))
     values = {name: _integer(value, f"{where}.{name}") for name, value in entry.items()}
-    terms = tuple((symbol, values[symbol]) for symbol in sorted(SYMBOLS) if values.get(symbol))
+    terms = tuple((symbol, values[symbol]) for symbol in sorted(_SIZES) if values.get(symbol))
     return Affine(values.get("constant", 0), terms)
 
 
