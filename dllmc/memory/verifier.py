@@ -4,27 +4,36 @@ Independent of the planner and of its lifetimes: the program is replayed on an a
 are intact in it. Runs after planning and again whenever an artifact is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from dllmc.errors import ProgramError
 from dllmc.ir.program import (
     ALIGNMENT_BYTES,
+    CHUNK,
+    LEAST,
+    START,
     SYMBOLS,
     Affine,
+    ForRows,
     Instruction,
     Program,
     Tensor,
     View,
+    dense_strides,
     element_count,
     product,
 )
+from dllmc.ops.registry import OPERATORS
+
+_CHUNK, _START = (Affine(0, ((symbol, 1),)) for symbol in (CHUNK, START))
 
 
 def verify(program: Program) -> None:
     """Check shapes, bounds, offsets and ownership. Raises `ProgramError` naming instruction, buffers and byte ranges.
 
     Bounds are proved for every size of a step; ownership is replayed at the largest sizes alone, since at smaller
-    ones each buffer takes fewer of the same bytes.
+    ones each buffer takes fewer of the same bytes. Of a `ForRows` two iterations are replayed: all others are like
+    the second, since each reads and writes its own rows of what it writes.
     """
     if program.arena_bytes is None:
         raise ProgramError(f"program {program.name!r} has no memory plan; run plan-memory")
@@ -32,18 +41,35 @@ def verify(program: Program) -> None:
         _check_shape(name, tensor, program)
     ranges = {name: _bytes_of(name, buffer, program) for name, buffer in program.buffers.items()}
     arena = _Arena(ranges)
-    for index, instruction in enumerate(program.instructions):
-        _replay(program, instruction, f"instruction {index} ({instruction.op})", arena)
+    index = 0
+    for item in program.instructions:
+        body = (item,) if isinstance(item, Instruction) else item.body
+        places = [f"instruction {index + i} ({instruction.op})" for i, instruction in enumerate(body)]
+        loop = item if isinstance(item, ForRows) else None
+        for instruction, where in zip(body, places, strict=True):
+            _check_views(program, instruction, loop, where)
+        if loop is None:
+            _replay(program, body[0], places[0], arena)
+        else:
+            _replay_loop(program, loop, places, arena)
+        index += len(body)
     for name, view in program.outputs.items():
         _check_bounds(program, view, f"output {name!r}")
         if view.base in ranges:
             arena.check(view.base, f"output {name!r}")
 
 
-def _replay(program: Program, instruction: Instruction, where: str, arena: "_Arena") -> None:
+def _check_views(program: Program, instruction: Instruction, loop: ForRows | None, where: str) -> None:
     for view in (*instruction.reads(), *instruction.outputs):
-        _check_bounds(program, view, where)
+        _check_bounds(program, view, where, loop)
+    numbers = [operand for operand in instruction.inputs if isinstance(operand, Affine)]
+    _check_symbols(numbers, SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), where)
+
+
+def _replay(program: Program, instruction: Instruction, where: str, arena: "_Arena") -> None:
     read = list(dict.fromkeys(view.base for view in instruction.reads() if view.base in program.buffers))
+    if _in_place(instruction):
+        read.remove(instruction.outputs[0].base)
     workspace = () if instruction.workspace is None else (instruction.workspace,)
     written = [*(view.base for view in instruction.outputs), *workspace]
     used = [*read, *written]
@@ -52,6 +78,8 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
             raise ProgramError(f"{where} writes {name!r}, which is no buffer")
         if used.count(name) > 1:
             raise ProgramError(f"{where} writes {name!r}, which it uses for something else too")
+    if _in_place(instruction):
+        arena.check(instruction.outputs[0].base, where)
     for view in instruction.outputs:
         if not _fills(view, program.buffers[view.base]):  # then the rest of the buffer must be its own already
             arena.check(view.base, f"{where} writes a part")
@@ -61,8 +89,76 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
         arena.check(name, where)
 
 
+def _in_place(instruction: Instruction) -> bool:
+    """Whether an instruction's first output is one of its operands, all that it reads of that buffer."""
+    operator = OPERATORS.get(instruction.op)
+    if operator is None or not instruction.outputs:
+        return False
+    out = instruction.outputs[0]
+    same = [index for index, operand in enumerate(instruction.inputs) if operand == out]
+    return len(same) == 1 == [view.base for view in instruction.reads()].count(out.base) and same[0] in operator.in_place
+
+
+def _replay_loop(program: Program, loop: ForRows, places: Sequence[str], arena: "_Arena") -> None:
+    calls = list(zip(loop.body, places, strict=True))
+    chunks = {name for name in program.buffers if program.is_chunk(name)}
+    whole = {view.base: view for call in loop.body for view in call.outputs if view.base not in chunks}
+    for instruction, where in calls:
+        for view in (*instruction.reads(), *instruction.outputs):
+            if view.base in whole and not _own_rows(view, program.tensor(view.base), loop):
+                raise ProgramError(
+                    f"{where}: expected rows of {view.base!r} that are the iteration's own, since it is written there, "
+                    f"found a view (shape {_text(view.shape)}, strides {_text(view.strides)}, offset {view.offset})"
+                )
+    unwritten = {name for name in whole if name in program.buffers and name not in arena.intact}
+    for name in unwritten:
+        if not _fills(_unrolled(whole[name], loop), program.buffers[name]):
+            raise ProgramError(f"{places[0]}: the loop that begins here writes a part of {name!r}, and nothing else does")
+        arena.write(name)
+    for _ in range(2):
+        arena.intact -= chunks
+        missing = set(unwritten)
+        for instruction, where in calls:
+            for view in instruction.reads():
+                if view.base in missing:
+                    raise ProgramError(f"{where}: rows of {view.base!r} are used before they are written")
+            missing -= {view.base for view in instruction.outputs}
+            _replay(program, instruction, where, arena)
+    arena.intact -= chunks
+
+
+def _own_rows(view: View, tensor: Tensor, loop: ForRows) -> bool:
+    """Whether a view holds only rows `[start, start + chunk)` of the tensor's axis that is as long as the loop."""
+    axis = next((i for i, dim in enumerate(tensor.shape) if dim == loop.extent), None)
+    if axis is None:
+        return False
+    row = dense_strides(tensor.shape)[axis]
+    apart = product(row, loop.extent)  # elements from one index of the axes outside to the next
+    within = _remainder(view.offset - product(row, _START), apart)
+    chunks = 0
+    for dim, stride in zip(view.shape, view.strides, strict=True):
+        if dim == _CHUNK and stride == row:
+            chunks += 1
+        elif dim != Affine(1) and (step := _remainder(stride, apart)) != Affine():
+            within += product(dim + Affine(-1), step)
+    return chunks == 1 and not within.terms and 0 <= within.constant < row.constant
+
+
+def _remainder(size: Affine, divisor: Affine) -> Affine:
+    symbol = divisor.terms[0][0]
+    return size - product(Affine(size.of(symbol) // divisor.of(symbol)), divisor)
+
+
+def _unrolled(view: View, loop: ForRows) -> View:
+    """What all iterations of a view of own rows are together."""
+    shape = tuple(loop.extent if dim == _CHUNK else dim for dim in view.shape)
+    return View(view.base, shape, view.strides, Affine())
+
+
 def _check_shape(name: str, tensor: Tensor, program: Program) -> None:
     """Dimensions are never negative, and never shrink when a size of the step grows."""
+    loops = CHUNK in program.maxima and name in program.buffers
+    _check_symbols(tensor.shape, (*SYMBOLS, CHUNK) if loops else SYMBOLS, repr(name))
     for dim in tensor.shape:
         if dim.least(program.maxima) < 0 or any(coefficient < 0 for _, coefficient in dim.terms):
             raise ProgramError(f"{name!r}: a dimension of ({dim}) shrinks as a step grows, or is negative")
@@ -79,10 +175,21 @@ def _bytes_of(name: str, buffer: Tensor, program: Program) -> tuple[int, int]:
     return start, end
 
 
-def _check_bounds(program: Program, view: View, where: str) -> None:
-    """A view's elements lie in its tensor, for every size of a step."""
+def _check_symbols(affines: Iterable[Affine], known: Sequence[str], where: str) -> None:
+    unknown = {symbol for affine in affines for symbol, _ in affine.terms} - set(known)
+    if unknown:
+        raise ProgramError(f"{where}: expected the sizes {', '.join(known)}, found {', '.join(sorted(unknown))}")
+
+
+def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None = None) -> None:
+    """A view's elements lie in its tensor, for every size of a step and every iteration of the loop it is in."""
     tensor, sizes = program.tensor(view.base), program.maxima
     described = f"{where}: a view of {view.base!r} (shape {_text(view.shape)}, strides {_text(view.strides)})"
+    _check_symbols(
+        (*view.shape, *view.strides, view.offset), SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), described
+    )
+    if loop is None and program.is_chunk(view.base):
+        raise ProgramError(f"{described} is used outside of the loop whose iterations write it")
     if min(part.least(sizes) for part in (*view.shape, *view.strides, view.offset)) < 0:
         raise ProgramError(f"{described} has a negative size, stride or offset {view.offset}")
     if Affine() in view.shape:
@@ -94,7 +201,9 @@ def _check_bounds(program: Program, view: View, where: str) -> None:
             last += product(dim + Affine(-1), stride)
     except ProgramError as error:
         raise ProgramError(f"{described}: {error}") from None
-    room = count + product(Affine(-1), last)
+    room = count - last
+    if loop is not None and room.of(START) < 0:  # at most, `start` is what is left of the extent behind the chunk
+        room += product(Affine(room.of(START)), loop.extent - _CHUNK - _START)
     if room.least(sizes) < 1:
         raise ProgramError(f"{described} starts at element {view.offset} and reaches {last} of {count}")
 
@@ -102,7 +211,7 @@ def _check_bounds(program: Program, view: View, where: str) -> None:
 def _fills(view: View, tensor: Tensor) -> bool:
     """Whether a view within bounds is the whole tensor, its dimensions in any order."""
     count, dense = element_count(tensor.shape), Affine(1)
-    large = dict.fromkeys(SYMBOLS, 1 << 31)  # sizes that put the axes of a dense tensor in order
+    large = dict.fromkeys(LEAST, 1 << 31)  # sizes that put the axes of a dense tensor in order
     for stride, dim in sorted(zip(view.strides, view.shape, strict=True), key=lambda axis: axis[0].at(large)):
         if dim != Affine(1):
             if stride != dense:

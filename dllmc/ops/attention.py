@@ -4,8 +4,8 @@
     -> [queries, q_heads, head_dim]
 
 `segments` holds each segment's first token and the token behind its last, `spans` the same of its queries: they are
-one where every token queries. Query head g reads KV head g // (q_heads // kv_heads). Queries outside every span are
-left as they are. With a `window`, a segment's queries are its tokens from the first on, and the query of token i sees
+one where every token queries. `q` holds the queries from number `first` on, of all that `spans` counts. Query head g
+reads KV head g // (q_heads // kv_heads). Queries outside every span are left as they are. With a `window`, a segment's queries are its tokens from the first on, and the query of token i sees
 the tokens j with |i - j| <= window.
 `dllmc::window_attention` is the same of one sequence, [1, heads, tokens, head_dim] like torch's own, before packing.
 """
@@ -25,23 +25,35 @@ QUERY_CHUNK = 256
 WINDOW_QUERY_CHUNK = 64
 
 library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor segments, float scale, int? window=None) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor segments, float scale, int? window=None,"
+    " int first=0) -> Tensor"
 )
 library.define("window_attention(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The definition, in the inputs' dtype (float64 for tests): softmax(q k^T * scale) v per segment and head."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
-    for (first, last), (start, end) in zip(spans.tolist(), segments.tolist(), strict=True):
+    for (begin, stop), (start, end) in zip(spans.tolist(), segments.tolist(), strict=True):
+        held = slice(max(begin - first, 0), max(stop - first, 0))
+        seen = torch.ones(stop - begin, end - start, dtype=torch.bool)
+        if window is not None:
+            seen = _band(0, stop - begin, 0, end - start, window)
+        seen = seen[max(first - begin, 0) :][: len(q[held])]
         for head in range(q.shape[1]):
-            scores = q[first:last, head] @ k[start:end, head // group].T * scale
-            if window is not None:
-                scores = scores.masked_fill(~_band(0, last - first, 0, end - start, window), -torch.inf)
-            out[first:last, head] = torch.softmax(scores, dim=-1) @ v[start:end, head // group]
+            scores = q[held, head] @ k[start:end, head // group].T * scale
+            scores = scores.masked_fill(~seen, -torch.inf)
+            out[held, head] = torch.softmax(scores, dim=-1) @ v[start:end, head // group]
     return out
 
 
@@ -54,6 +66,7 @@ def attention_out(
     scale: float,
     out: Tensor,
     window: int | None = None,
+    first: int = 0,
 ) -> None:
     """CPU: torch's fused kernel per segment and chunk of queries, KV heads as its batch, so GQA copies nothing.
 
@@ -66,15 +79,16 @@ def attention_out(
     grouped = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     result = out.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    for (first, last), (start, end) in zip(spans.tolist(), segments.tolist(), strict=True):
+    for (begin, stop), (start, end) in zip(spans.tolist(), segments.tolist(), strict=True):
         limited = window is not None and end - start > window + 1
         chunk = WINDOW_QUERY_CHUNK if limited else QUERY_CHUNK
-        for at in range(first, last, chunk):
+        last = min(stop - first, queries)
+        for at in range(max(begin - first, 0), last, chunk):
             rows = slice(at, min(at + chunk, last))
             seen, band = slice(start, end), None
             if limited:
                 assert window is not None
-                token, behind = start + at - first, start + rows.stop - first
+                token, behind = (start + first - begin + row for row in (at, rows.stop))
                 seen = slice(max(start, token - window), min(end, behind + window))
                 band = _band(token, behind, seen.start, seen.stop, window)
             result[:, :, rows] = F.scaled_dot_product_attention(
@@ -89,15 +103,29 @@ def _band(token: int, behind: int, key: int, key_behind: int, window: int) -> Te
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None = None,
+    first: int = 0,
 ) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    attention_out(q.contiguous(), k, v, spans, segments, scale, out, window)
+    attention_out(q.contiguous(), k, v, spans, segments, scale, out, window, first)
     return out
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None = None,
+    first: int = 0,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -114,8 +142,8 @@ def _fake_window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window
 
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
     """Resolve a call over fixed memory."""
-    q, k, v, spans, segments, scale, window = (*args, None)[:7]
-    return lambda: attention_out(q, k, v, spans, segments, scale, outs[0], window)
+    q, k, v, spans, segments, scale, window, first = (*args, *(None, 0)[len(args) - 6 :])
+    return lambda: attention_out(q, k, v, spans, segments, scale, outs[0], window, first)
 
 
 library.impl("attention", _attention, "CPU")

@@ -21,11 +21,15 @@ class Operator:
     """How a named operator runs. `workspace_bytes` maps a call's tensors, in order and of any device, to bytes.
 
     `options`: the keyword options that `bind` takes, behind the positional operands, in the order of the schema.
+    `first_row`: the operand, if any, that tells a call on some rows how many are before them.
+    `in_place`: the operands whose memory, if of the same layout, may be that of the first output.
     """
 
     bind: Bind
     workspace_bytes: Callable[[Sequence[Tensor]], int] = lambda tensors: 0
     options: tuple[str, ...] = ()
+    first_row: int | None = None
+    in_place: tuple[int, ...] = ()
 
 
 OPERATORS: dict[str, Operator] = {
@@ -36,7 +40,7 @@ OPERATORS: dict[str, Operator] = {
     "aten.rms_norm.default": Operator(norms.bind_torch_rms_norm, norms.rms_norm_workspace),
     "dllmc.add_layer_norm.default": Operator(norms.bind_add_layer_norm),
     "dllmc.add_rms_norm.default": Operator(norms.bind_add_rms_norm, norms.add_rms_norm_workspace),
-    "dllmc.attention.default": Operator(attention.bind),
+    "dllmc.attention.default": Operator(attention.bind, first_row=7),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.glu.default": Operator(glu.bind),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),

@@ -1,14 +1,14 @@
 """Runs a program: binds it once per shape of a step to a list of calls over fixed memory, then only calls."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import LEAST, SYMBOLS, DType, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import LEAST, SYMBOLS, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
 from dllmc.memory.verifier import verify
 from dllmc.ops.registry import operator
 from dllmc.runtime.arena import Memory
@@ -54,24 +54,34 @@ class _Binding:
 
     def __init__(self, memory: Memory, sizes: Sizes) -> None:
         self.program = program = memory.program
-        self.sizes = dict(sizes)
-        for symbol, most in program.maxima.items():
-            if not LEAST[symbol] <= sizes[symbol] <= most:
-                limits = f"{LEAST[symbol]} to {most} {symbol}"
+        for symbol in SYMBOLS:
+            if not LEAST[symbol] <= sizes[symbol] <= program.maxima[symbol]:
+                limits = f"{LEAST[symbol]} to {program.maxima[symbol]} {symbol}"
                 raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
         self.inputs: dict[str, Array] = {name: memory.tensor(name, sizes).numpy() for name in program.inputs}
         self.outputs: dict[str, Array] = {n: memory.view(v, sizes).numpy() for n, v in program.outputs.items()}
-        self.written = [[memory.view(view, sizes) for view in i.outputs] for i in program.instructions]
-        self.calls = [_bind(memory, sizes, i, outs) for i, outs in zip(program.instructions, self.written, strict=True)]
+        self.unrolled = list(_unrolled(program, sizes))
+        self.written = [[memory.view(view, here) for view in i.outputs] for i, here in self.unrolled]
+        self.calls = [_bind(memory, here, i, outs) for (i, here), outs in zip(self.unrolled, self.written, strict=True)]
 
     def check_outputs(self) -> None:
         """After the first run: torch resizes an `out=` of the wrong shape, and then writes beyond it."""
-        for index, (instruction, outs) in enumerate(zip(self.program.instructions, self.written, strict=True)):
+        for index, ((instruction, sizes), outs) in enumerate(zip(self.unrolled, self.written, strict=True)):
             for view, out in zip(instruction.outputs, outs, strict=True):
-                planned = [dim.at(self.sizes) for dim in view.shape]
+                planned = [dim.at(sizes) for dim in view.shape]
                 if list(out.shape) != planned:
-                    where = f"program {self.program.name!r}: instruction {index} ({instruction.op})"
+                    where = f"program {self.program.name!r}: call {index} ({instruction.op})"
                     raise ProgramError(f"{where}: {view.base!r} has shape {planned}, its result {list(out.shape)}")
+
+
+def _unrolled(program: Program, sizes: Sizes) -> Iterator[tuple[Instruction, Sizes]]:
+    """Every call of a step, those in a `ForRows` once an iteration, with the sizes that hold there."""
+    for item in program.instructions:
+        if isinstance(item, ForRows):
+            for here in program.iterations(item, sizes):
+                yield from ((instruction, here) for instruction in item.body)
+        else:
+            yield item, sizes
 
 
 def _load(name: str, given: Array | None, target: Array) -> None:
@@ -90,6 +100,8 @@ def _bind(memory: Memory, sizes: Sizes, instruction: Instruction, outs: list[tor
 def _resolve(memory: Memory, sizes: Sizes, operand: Operand) -> Any:
     if isinstance(operand, View):
         return memory.view(operand, sizes)
+    if isinstance(operand, Affine):
+        return operand.at(sizes)
     if isinstance(operand, DType):
         return getattr(torch, operand.name)
     if isinstance(operand, tuple):
