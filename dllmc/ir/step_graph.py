@@ -26,8 +26,21 @@ from dllmc.spec import ModelSpec
 # Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
 HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
 
-# What export notes at a node of where it came from.
-_ORIGIN = ("stack_trace", "nn_module_stack")
+# What a node's place is taken from: what export notes of where it came from, and the loop that it is in.
+_ORIGIN = ("stack_trace", "nn_module_stack", "loop")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Neighbouring calls that run for some rows of `extent` after others: `meta["loop"]` of each."""
+
+    index: int
+    extent: Affine
+
+
+def loop_of(node: fx.Node) -> Loop | None:
+    """The loop that a call is in."""
+    return node.meta.get("loop")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dllmc.ops import glu, norms, rope  # noqa: F401  (they register what is named here)
+from dllmc.ops import attention, decode_head, glu, norms, rope  # noqa: F401  (they register what is named here)
 
 aten = torch.ops.aten
 dllmc = torch.ops.dllmc
@@ -106,9 +106,14 @@ _ALONG_LAST = frozenset(
 _ALONG_TRAILING = frozenset((aten.layer_norm.default, aten.rms_norm.default))
 # Operators that keep rows apart along these axes of their operands, taken together (None: the operand has no rows).
 _ALONG_AXES: Mapping[object, Sequence[tuple[int | None, ...]]] = {
+    dllmc.attention.default: tuple((0, *[None] * others) for others in (5, 6, 7)),
+    dllmc.decode_head.default: ((0, None, None, None, 0, 0, 0, *[None] * 7),),
     dllmc.rope.default: ((0, 0, 0, None), (0, None, None, 0), (1, None, None, None)),
 }
-_MOVES = frozenset(
+WHOLE_OPERANDS: Mapping[object, Sequence[int]] = {dllmc.attention.default: (1, 2)}
+"""Operands that an operator on rows reads whole even though they may have as many rows: keys and values."""
+
+MOVES = frozenset(
     (
         aten.transpose.int,
         aten.permute.default,
@@ -118,7 +123,7 @@ _MOVES = frozenset(
         aten.stack.default,
     )
 )
-_RESHAPES = frozenset(
+RESHAPES = frozenset(
     (
         aten.view.default,
         aten.reshape.default,
@@ -151,9 +156,9 @@ def is_row_wise(node: fx.Node, axis_of: AxisOf) -> bool:
         return None in factors  # what is summed over, or multiplied row by row, both factors have
     if target in _ALONG_AXES:
         return tuple(axis_of(n) if isinstance(n, fx.Node) else None for n in node.args) in _ALONG_AXES[target]
-    if target in _MOVES:
+    if target in MOVES:
         return True
-    if target in _RESHAPES:
+    if target in RESHAPES:
         return _keeps_prefix(node, axis_of)
     dims = _dims_worked_along(node)
     return dims is not None and all(axis not in dims for _, axis in inputs)

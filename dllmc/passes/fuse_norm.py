@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import StepGraph, loop_of
 from dllmc.ops import norms  # noqa: F401  (registers the operators)
 from dllmc.passes.base import Pass, PassResult
 from dllmc.passes.pattern import Call, Found, OneOf, Rule, Var, apply, is_float, is_number, is_tensor
@@ -143,7 +143,7 @@ def _is_residual(x: Any) -> bool:
 def _fuse(step: StepGraph, root: fx.Node, found: Found, alone: Any, with_sum: Any) -> None:
     x = found["x"]
     options = found.get("weight"), found.get("bias"), float(found["eps"])
-    if not _is_residual(x):
+    if not _is_residual(x) or loop_of(x) != loop_of(root):
         step.replace(root, step.call(alone, x, *options, origin=root))
         return
     with step.graph.inserting_before(x):  # the sum may be read before the norm

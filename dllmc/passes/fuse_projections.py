@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import StepGraph, loop_of
 from dllmc.ops.facts import argument
 from dllmc.passes.base import Pass, PassResult
 
@@ -32,7 +32,7 @@ class FuseProjections(Pass):
         for node in step.calls(aten.linear.default):
             x, weight, bias = (argument(node, i) for i in range(3))
             if all(_serves_alone(parameter) for parameter in (weight, bias) if parameter is not None):
-                groups[x, weight.meta["val"].dtype, bias is None].append(node)
+                groups[x, weight.meta["val"].dtype, bias is None, loop_of(node)].append(node)
         fused = [group for group in groups.values() if len(group) > 1]
         for group in fused:
             _fuse(step, group)

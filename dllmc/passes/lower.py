@@ -1,20 +1,40 @@
 """The graph becomes a program: out-variants over buffers, with every view an operand."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import fx
 
 from dllmc.errors import PassError
-from dllmc.ir.program import Affine, DType, Instruction, Operand, Program, Shape, Tensor, View, dense_strides
+from dllmc.ir.program import (
+    CHUNK,
+    START,
+    Affine,
+    DType,
+    ForRows,
+    Instruction,
+    Operand,
+    Program,
+    Shape,
+    Tensor,
+    View,
+    dense_strides,
+    product,
+)
 from dllmc.ir.provenance import describe, source_line
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import Loop, StepGraph, loop_of
+from dllmc.ops.facts import WHOLE_OPERANDS
 from dllmc.ops.registry import OPERATORS
 from dllmc.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
+
+_CHUNK, _START = (Affine(0, ((symbol, 1),)) for symbol in (CHUNK, START))
 
 # Calls that, where they are not views, only move or convert elements.
 _COPIES = (
@@ -39,6 +59,8 @@ class Lower(Pass):
     Case 1: a call whose result shares its input's storage is a view: an operand with strides, no instruction.
     Case 2: a reshape that cannot be a view, or a conversion, is a `copy`.
     Case 3: any other call writes new buffers, dense in the layout that the call gives its result in eager mode.
+    Neighbouring calls of one loop become a `ForRows`: what they alone use has the rows of an iteration, and of all
+    else that they do not read whole they take the iteration's rows.
     """
 
     name = "lower"
@@ -50,11 +72,15 @@ class Lower(Pass):
         for node in step.calls():
             lowering.call(node)
         step.program = lowering.program()
-        return PassResult(False, {"instructions": len(lowering.instructions), "buffers": len(lowering.buffers)})
+        counts = {"instructions": len(list(step.program.calls())), "buffers": len(lowering.buffers)}
+        return PassResult(False, counts)
 
 
 class _Lowering:
-    """The state of one lowering. `home` maps a storage of the fake values to the tensor that holds it."""
+    """The state of one lowering. `home` maps a storage of the fake values to the tensor that holds it.
+
+    `loop` is that of the call at hand; `chunks` are the storages that one loop alone uses.
+    """
 
     def __init__(self, step: StepGraph) -> None:
         self.step = step
@@ -62,7 +88,9 @@ class _Lowering:
         self.inputs: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        self.instructions: list[Instruction] = []
+        self.instructions: list[tuple[Loop | None, Instruction]] = []
+        self.loop: Loop | None = None
+        self.chunks = _used_by_one_loop(step)
         for node, role in step.placeholders():
             if node.users:
                 group = self.inputs if role.kind == "input" else self.weights
@@ -70,15 +98,15 @@ class _Lowering:
                 self.home[_storage(node.meta["val"])] = role.name
 
     def call(self, node: fx.Node) -> None:
-        value = node.meta.get("val")
-        results = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor)]
+        self.loop = loop_of(node)
+        results = _tensors(node)
         if all(_storage(v) in self.home for v in results):
             return
         outputs = tuple(self._new_buffer(f"%{node.name}" + (f".{i}" if i else ""), v) for i, v in enumerate(results))
         if node.target in _COPIES:
             source = self._view(node.args[0].meta["val"])  # type: ignore[union-attr]
             if source.shape != outputs[0].shape:  # a reshape: the elements in the source's row-major order
-                outputs = (View(outputs[0].base, source.shape, dense_strides(source.shape)),)
+                outputs = (replace(outputs[0], shape=source.shape, strides=dense_strides(source.shape)),)
             self._emit("copy", (source,), outputs, node)
             return
         name = str(node.target)
@@ -91,6 +119,7 @@ class _Lowering:
         self._emit(name, operands, outputs, node)
 
     def program(self) -> Program:
+        self.loop = None
         returned = dict(zip(self.step.outputs, self.step.output_nodes(), strict=True))
         return Program(
             name="dense",
@@ -98,7 +127,7 @@ class _Lowering:
             inputs=self.inputs,
             weights=self.weights,
             buffers=self.buffers,
-            instructions=tuple(self.instructions),
+            instructions=tuple(_in_loops(self.instructions)),
             outputs={name: self._view(node.meta["val"]) for name, node in returned.items()},
         )
 
@@ -108,7 +137,7 @@ class _Lowering:
         if needed := OPERATORS[op].workspace_bytes(largest):
             workspace = f"%{node.name}.workspace"
             self.buffers[workspace] = Tensor("uint8", (Affine(needed),))
-        self.instructions.append(Instruction(op, inputs, outputs, workspace, source_line(node)))
+        self.instructions.append((self.loop, Instruction(op, inputs, outputs, workspace, source_line(node))))
 
     def _largest(self, view: View) -> torch.Tensor:
         """A tensor without memory, of the operand's dtype and of its shape in the largest step."""
@@ -137,15 +166,17 @@ class _Lowering:
                 needed = len(operands) + 1
             if _NEED_ROWS.get(name) == index:
                 given = self._row_viewable(given, node)
+            if self.loop is not None and OPERATORS[name].first_row == index:
+                given, needed = _START, len(operands) + 1
             if taken:
-                operands.append(self._operand(given, node))
+                operands.append(self._operand(given, node, index in WHOLE_OPERANDS.get(node.target, ())))
         return tuple(operands[:needed])
 
-    def _operand(self, value: Any, node: fx.Node) -> Operand:
-        if isinstance(value, View):
+    def _operand(self, value: Any, node: fx.Node, whole: bool = False) -> Operand:
+        if isinstance(value, View | Affine):
             return value
         if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
-            return self._view(value.meta["val"])
+            return self._view(value.meta["val"], whole)
         if isinstance(value, list | tuple):
             return tuple(self._operand(item, node) for item in value)
         if isinstance(value, torch.dtype):
@@ -182,15 +213,62 @@ class _Lowering:
         wanted = dict(zip(order, dense_strides(dense), strict=True))
         if any(strides[axis] != wanted[axis] and shape[axis] != Affine(1) for axis in order):
             raise PassError(f"pass 'lower': {where}: its layout {strides} is not dense")
-        return Tensor(_dtype(value), dense)
+        return Tensor(_dtype(value), self._of_chunk(dense) if _storage(value) in self.chunks else dense)
 
-    def _view(self, value: torch.Tensor) -> View:
+    def _view(self, value: torch.Tensor, whole: bool = False) -> View:
         base = self.home[_storage(value)]
         shape, strides = (self._affine(axes, base) for axes in (value.shape, value.stride()))
-        return View(base, shape, strides, self.step.affine(value.storage_offset(), base))
+        view = View(base, shape, strides, self.step.affine(value.storage_offset(), base))
+        if self.loop is None or whole:
+            return view
+        if _storage(value) in self.chunks:
+            (offset,) = self._of_chunk((view.offset,))
+            return View(base, self._of_chunk(shape), self._of_chunk(strides), offset)
+        rows = [axis for axis, dim in enumerate(shape) if dim == self.loop.extent]
+        for axis in rows:  # one, or none
+            shape = (*shape[:axis], _CHUNK, *shape[axis + 1 :])
+            view = replace(view, shape=shape, offset=view.offset + product(strides[axis], _START))
+        return view
+
+    def _of_chunk(self, sizes: Shape) -> Shape:
+        """Sizes in which the chunk stands for the extent of the loop."""
+        assert self.loop is not None
+        (symbol, unit), *_ = self.loop.extent.terms
+        times = [Affine(size.of(symbol) // unit) for size in sizes]
+        return tuple(
+            size + product(n, _CHUNK) - product(n, self.loop.extent) for size, n in zip(sizes, times, strict=True)
+        )
 
     def _affine(self, sizes: Sequence[Any], where: str) -> Shape:
         return tuple(self.step.affine(size, where) for size in sizes)
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    results = value if isinstance(value, list | tuple) else [value]
+    return [v for v in results if isinstance(v, torch.Tensor)]
+
+
+def _used_by_one_loop(step: StepGraph) -> set[int]:
+    """The storages of the fake values that no call outside of one loop makes or reads, nor the step returns."""
+    users: dict[int, set[Loop | None]] = defaultdict(set)
+    for node in step.calls():
+        for value in (value for n in (node, *node.all_input_nodes) for value in _tensors(n)):
+            users[_storage(value)].add(loop_of(node))
+    for node in step.output_nodes():
+        users[_storage(node.meta["val"])].add(None)
+    return {storage for storage, loops in users.items() if len(loops) == 1 and None not in loops} - {
+        _storage(node.meta["val"]) for node, _ in step.placeholders()
+    }
+
+
+def _in_loops(instructions: Sequence[tuple[Loop | None, Instruction]]) -> Iterator[Instruction | ForRows]:
+    for loop, run in groupby(instructions, key=itemgetter(0)):
+        body = tuple(instruction for _, instruction in run)
+        if loop is None:
+            yield from body
+        else:
+            yield ForRows(loop.extent, body)
 
 
 def _storage(value: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dllmc.ir.provenance import describe
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import StepGraph, loop_of
 from dllmc.ops.facts import argument
 from dllmc.passes.base import PassResult
 
@@ -106,8 +106,11 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value.is_floating_point
 
 
-def matches(pattern: Any, value: Any, found: Found | None = None) -> Iterator[Found]:
-    """Every way in which `pattern` fits the value, given what was found already."""
+def matches(pattern: Any, value: Any, found: Found | None = None, user: fx.Node | None = None) -> Iterator[Found]:
+    """Every way in which `pattern` fits the value, given what was found already and the call that reads it.
+
+    Calls of one match are in one loop: there alone are they made together.
+    """
     found = found or {}
     if isinstance(pattern, Var):
         if pattern.name not in found:
@@ -117,12 +120,13 @@ def matches(pattern: Any, value: Any, found: Found | None = None) -> Iterator[Fo
             yield found
     elif isinstance(pattern, OneOf):
         for choice in pattern.patterns:
-            yield from matches(choice, value, found)
+            yield from matches(choice, value, found, user)
     elif isinstance(pattern, Call):
-        yield from _calls(pattern, value, found)
+        if user is None or not isinstance(value, fx.Node) or loop_of(value) == loop_of(user):
+            yield from _calls(pattern, value, found)
     elif isinstance(pattern, list):
         if isinstance(value, list | tuple) and len(value) == len(pattern):
-            yield from _all(pattern, list(value), found)
+            yield from _all(pattern, list(value), found, user)
     elif _equal(pattern, value):
         yield found
 
@@ -137,17 +141,17 @@ def _calls(pattern: Call, value: Any, found: Found) -> Iterator[Found]:
     others = zip(rest, given[len(wanted) :], strict=schema is not None)
     if any(not p.has_default_value() or other != p.default_value for p, other in others):
         return
-    yield from _all(wanted, given[: len(wanted)], found)
+    yield from _all(wanted, given[: len(wanted)], found, value)
     if pattern.commutes:
-        yield from _all([wanted[1], wanted[0], *wanted[2:]], given[: len(wanted)], found)
+        yield from _all([wanted[1], wanted[0], *wanted[2:]], given[: len(wanted)], found, value)
 
 
-def _all(patterns: list[Any], values: list[Any], found: Found) -> Iterator[Found]:
+def _all(patterns: list[Any], values: list[Any], found: Found, user: fx.Node | None) -> Iterator[Found]:
     if not patterns:
         yield found
         return
-    for one in matches(patterns[0], values[0], found):
-        yield from _all(patterns[1:], values[1:], one)
+    for one in matches(patterns[0], values[0], found, user):
+        yield from _all(patterns[1:], values[1:], one, user)
 
 
 def _equal(a: Any, b: Any) -> bool:

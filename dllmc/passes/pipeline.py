@@ -29,6 +29,7 @@ REGISTRY = {
     "pack-tokens": "PackTokens",
     "select-logit-rows": "SelectLogitRows",
     "fuse-head": "FuseHead",
+    "chunk-activations": "ChunkActivations",
     "fuse-projections": "FuseProjections",
     "fuse-norm": "FuseNorm",
     "fuse-rope": "FuseRope",

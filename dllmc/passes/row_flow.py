@@ -1,0 +1,157 @@
+"""How rows flow through a step: which calls keep the rows of an axis apart, and where the fewest bytes pass.
+
+A call works on rows of an *extent* (a size of the step: `tokens`, `guided + rows`) where its result has an axis that is
+as long, and each row of it needs the same row of its operands alone. All else that it reads it reads *whole*.
+"""
+
+import math
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from dllmc.ir.program import Affine
+from dllmc.ir.step_graph import StepGraph
+from dllmc.ops import decode_head  # noqa: F401  (registers the operator)
+from dllmc.ops.facts import MOVES, RESHAPES, WHOLE_OPERANDS, is_row_wise
+
+aten = torch.ops.aten
+_PRODUCTS = (
+    aten.linear.default,
+    aten.matmul.default,
+    torch.ops.dllmc.attention.default,
+    torch.ops.dllmc.decode_head.default,
+)
+"""Operators that cost more than to read what they read: not to be computed twice."""
+
+_VIEWS = (
+    *MOVES,
+    *RESHAPES,
+    aten.chunk.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unbind.int,
+    operator.getitem,
+)
+
+
+class RowFlow:
+    """The extents of a step's values, and which calls read which of them by rows."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.step = step
+        self._extents: dict[fx.Node, Affine | None] = {}
+        for node in step.graph.nodes:
+            self._extents[node] = self._extent(node)
+
+    def extent(self, node: fx.Node) -> Affine | None:
+        """The size whose rows a value has; None where it has none, or where its call does not keep them apart."""
+        return self._extents[node]
+
+    def by_rows(self, user: fx.Node) -> list[fx.Node]:
+        """What a call on rows reads row by row."""
+        extent = self.extent(user)
+        if extent is None:
+            return []
+        whole = [user.args[i] for i in WHOLE_OPERANDS.get(user.target, ())]
+        return [n for n in user.all_input_nodes if n not in whole and self.axis(n, extent) is not None]
+
+    def whole(self, user: fx.Node) -> list[fx.Node]:
+        """What any call reads otherwise, and is computed on rows."""
+        rows = self.by_rows(user)
+        return [n for n in user.all_input_nodes if n not in rows and self.extent(n) is not None]
+
+    def row_bytes(self, node: fx.Node) -> int:
+        """Bytes of a row of a value."""
+        value = node.meta["val"]
+        results = value if isinstance(value, list | tuple) else [value]
+        widths = (math.prod(size for size in v.shape if isinstance(size, int)) * v.element_size() for v in results)
+        return int(sum(widths))
+
+    def narrowest(self, sinks: Collection[fx.Node], sources: Collection[fx.Node]) -> set[fx.Node]:
+        """Values from which every sink can be computed without `sources`, of the fewest bytes a row together.
+
+        A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of. Inputs
+        of the step cost nothing. Of several such sets it is the one that leaves the least to compute.
+        """
+        flow = nx.DiGraph()
+        flow.add_nodes_from("st")
+        reached = dict.fromkeys(sinks)
+        for node in (queue := list(sinks)):
+            free = node.op == "placeholder"
+            stays = free or node in sources or self.extent(node) is None
+            stored = {} if is_view(node) and not stays else {"capacity": 0 if free else self.row_bytes(node)}
+            flow.add_edge((node, "in"), (node, "out"), **stored)
+            if stays:
+                flow.add_edge("s", (node, "in"))
+                continue
+            for source in self.by_rows(node):
+                flow.add_edge((source, "out"), (node, "in"))
+                if source not in reached:
+                    reached[source] = None
+                    queue.append(source)
+        flow.add_edges_from(((node, "out"), "t") for node in sinks)
+        _, (_, behind) = nx.minimum_cut(flow, "s", "t")
+        return {node for node in reached if (node, "in") not in behind and (node, "out") in behind}
+
+    @cached_property
+    def _sizes(self) -> tuple[Affine, ...]:
+        """The extents that inputs of the step have, but for the number of segments."""
+        found: dict[Affine, None] = {}
+        for node, role in self.step.placeholders():
+            if role.kind == "input":
+                extent = self._affine(node.meta["val"].shape[0])
+                if extent.terms and extent != Affine(0, (("segments", 1),)):
+                    found[extent] = None
+        return tuple(found)
+
+    def axis(self, node: fx.Node, extent: Affine) -> int | None:
+        """The one axis of a value that is as long as the extent."""
+        value = node.meta.get("val")
+        value = value[0] if isinstance(value, list | tuple) and value else value
+        if not isinstance(value, torch.Tensor):
+            return None
+        shape: Sequence[Any] = value.shape
+        axes = [i for i, size in enumerate(shape) if not isinstance(size, int) and self._affine(size) == extent]
+        return axes[0] if len(axes) == 1 else None
+
+    def _affine(self, size: Any) -> Affine:
+        return self.step.affine(size, "its shape")
+
+    def _extent(self, node: fx.Node) -> Affine | None:
+        found = [extent for extent in self._sizes if self.axis(node, extent) is not None]
+        if len(found) != 1 or node.op != "call_function":
+            return found[0] if len(found) == 1 and node.op == "placeholder" else None
+        whole = [node.args[i] for i in WHOLE_OPERANDS.get(node.target, ())]
+        rows = is_row_wise(node, lambda n: None if n in whole else self.axis(n, found[0]))
+        return found[0] if rows else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call may return what it is given, in other words."""
+    return node.target in _VIEWS
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a call is one not to be made twice."""
+    return node.target in _PRODUCTS
+
+
+def ancestors(targets: Iterable[fx.Node], flow: RowFlow, stop: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """The targets and all calls on rows that they need, but for those in `stop` and behind them."""
+    seen = set(stop)
+    queue = list(targets)
+    while queue:
+        node = queue.pop()
+        if node not in seen and node.op == "call_function":
+            seen.add(node)
+            yield node
+            queue += flow.by_rows(node)
