@@ -23,6 +23,7 @@ from dllmc.ir.program import (
     element_count,
     product,
 )
+from dllmc.ir.views import apart, coincide
 from dllmc.ops.registry import OPERATORS
 
 _CHUNK, _START = (Affine(0, ((symbol, 1),)) for symbol in (CHUNK, START))
@@ -90,19 +91,27 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
 
 
 def _in_place(instruction: Instruction) -> bool:
-    """Whether an instruction's first output is one of its operands, all that it reads of that buffer."""
-    operator = OPERATORS.get(instruction.op)
-    if operator is None or not instruction.outputs:
+    """Whether an instruction's first output is an operand for which that is allowed, and it reads no more of it."""
+    if instruction.op not in OPERATORS or not instruction.outputs:
         return False
     out = instruction.outputs[0]
-    same = [index for index, operand in enumerate(instruction.inputs) if operand == out]
-    return len(same) == 1 == [view.base for view in instruction.reads()].count(out.base) and same[0] in operator.in_place
+    allowed = [i for i in OPERATORS[instruction.op].in_place if i < len(instruction.inputs)]
+    same = [view for view in instruction.reads() if view.base == out.base]
+    others = [view for view in same if not coincide(view, out)]
+    operands = [instruction.inputs[index] for index in allowed]
+    return (
+        len(same) == len(others) + 1
+        and any(isinstance(operand, View) and coincide(operand, out) for operand in operands)
+        and all(apart(out, view) for view in others)
+    )
 
 
 def _replay_loop(program: Program, loop: ForRows, places: Sequence[str], arena: "_Arena") -> None:
     calls = list(zip(loop.body, places, strict=True))
     chunks = {name for name in program.buffers if program.is_chunk(name)}
-    whole = {view.base: view for call in loop.body for view in call.outputs if view.base not in chunks}
+    whole: dict[str, View] = {}
+    for view in (view for call in loop.body for view in call.outputs if view.base not in chunks):
+        whole.setdefault(view.base, view)
     for instruction, where in calls:
         for view in (*instruction.reads(), *instruction.outputs):
             if view.base in whole and not _own_rows(view, program.tensor(view.base), loop):
@@ -113,7 +122,9 @@ def _replay_loop(program: Program, loop: ForRows, places: Sequence[str], arena: 
     unwritten = {name for name in whole if name in program.buffers and name not in arena.intact}
     for name in unwritten:
         if not _fills(_unrolled(whole[name], loop), program.buffers[name]):
-            raise ProgramError(f"{places[0]}: the loop that begins here writes a part of {name!r}, and nothing else does")
+            raise ProgramError(
+                f"{places[0]}: the loop that begins here writes a part of {name!r}, and nothing else does"
+            )
         arena.write(name)
     for _ in range(2):
         arena.intact -= chunks

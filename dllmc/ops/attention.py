@@ -5,8 +5,8 @@
 
 `segments` holds each segment's first token and the token behind its last, `spans` the same of its queries: they are
 one where every token queries. `q` holds the queries from number `first` on, of all that `spans` counts. Query head g
-reads KV head g // (q_heads // kv_heads). Queries outside every span are left as they are. With a `window`, a segment's queries are its tokens from the first on, and the query of token i sees
-the tokens j with |i - j| <= window.
+reads KV head g // (q_heads // kv_heads). Queries outside every span are left as they are. With a `window`, a segment's
+queries are its tokens from the first on, and the query of token i sees the tokens j with |i - j| <= window.
 `dllmc::window_attention` is the same of one sequence, [1, heads, tokens, head_dim] like torch's own, before packing.
 """
 

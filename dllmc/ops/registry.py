@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dllmc.errors import ProgramError
 from dllmc.ops import attention, decode_head, elementwise, glu, guide_rows, linear, norms, rope
+from dllmc.ops.facts import POINTWISE
+
+_POINTWISE = frozenset(map(str, POINTWISE))
 
 Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
 
@@ -22,7 +25,7 @@ class Operator:
 
     `options`: the keyword options that `bind` takes, behind the positional operands, in the order of the schema.
     `first_row`: the operand, if any, that tells a call on some rows how many are before them.
-    `in_place`: the operands whose memory, if of the same layout, may be that of the first output.
+    `in_place`: the operands whose memory the first output may be, element for element.
     """
 
     bind: Bind
@@ -35,18 +38,23 @@ class Operator:
 OPERATORS: dict[str, Operator] = {
     "copy": Operator(elementwise.bind_copy),
     "aten.embedding.default": Operator(elementwise.bind_embedding),
-    "aten.layer_norm.default": Operator(norms.bind_layer_norm),
+    "aten.layer_norm.default": Operator(norms.bind_layer_norm, in_place=(0,)),
     "aten.linear.default": Operator(linear.bind, linear.workspace_of),
-    "aten.rms_norm.default": Operator(norms.bind_torch_rms_norm, norms.rms_norm_workspace),
+    "aten.rms_norm.default": Operator(norms.bind_torch_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
     "dllmc.add_layer_norm.default": Operator(norms.bind_add_layer_norm),
     "dllmc.add_rms_norm.default": Operator(norms.bind_add_rms_norm, norms.add_rms_norm_workspace),
     "dllmc.attention.default": Operator(attention.bind, first_row=7),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
-    "dllmc.glu.default": Operator(glu.bind),
+    "dllmc.glu.default": Operator(glu.bind, in_place=(0,)),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
-    "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace),
-    "dllmc.rope.default": Operator(rope.bind, rope.workspace_of),
-    **{name: Operator(bind, options=elementwise.OPTIONS.get(name, ())) for name, bind in elementwise.BINDERS.items()},
+    "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
+    "dllmc.rope.default": Operator(rope.bind, rope.workspace_of, in_place=(0,)),
+    **{
+        name: Operator(
+            bind, options=elementwise.OPTIONS.get(name, ()), in_place=(0, 1, 2) if name in _POINTWISE else ()
+        )
+        for name, bind in elementwise.BINDERS.items()
+    },
 }
 
 

@@ -41,7 +41,7 @@ def workspace_of(tensors: Sequence[Tensor]) -> int:
 
 
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
-    """CPU: a chunk of tokens at a time, in the output and the workspace alone."""
+    """CPU: a chunk of tokens at a time, in the output, which may be x, and the workspace alone."""
     x, cos, sin, positions = args
     _require_fitting(x, cos, sin)
     if x.is_cuda:
@@ -66,12 +66,14 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
                 narrow, part = part, shaped(widened, *shape)
                 calls.append(partial(part.copy_, narrow))
             tables.append(part[:, None])
-        if x.dtype == wide.dtype:
-            calls += _rotations(outs[0][chunk], x[chunk], *tables)
-        else:
-            source, target = (shaped(memory, *x[chunk].shape) for memory in (wide, result))
+        source, target = x[chunk], outs[0][chunk]
+        if x.dtype != wide.dtype or x.data_ptr() == outs[0].data_ptr():
+            source = shaped(wide, *source.shape)
             calls.append(partial(source.copy_, x[chunk]))
-            calls += _rotations(target, source, *tables)
+        if x.dtype != wide.dtype:
+            target = shaped(result, *target.shape)
+        calls += _rotations(target, source, *tables)
+        if x.dtype != wide.dtype:
             calls.append(partial(outs[0][chunk].copy_, target))
     return in_order(calls)
 
@@ -93,12 +95,12 @@ def _rotations(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> list[Call]:
 
 
 def _parts(x: Tensor, cos: Tensor, sin: Tensor, gathered: bool) -> list[Part]:
-    """Workspace of a chunk: x and the result if they are widened; rows of each table, as gathered and as widened."""
+    """Workspace of a chunk: x, the result if it is widened, rows of each table, as gathered and as widened."""
     tokens, heads, head_dim = x.shape
     dtype = wide_dtype(x)
     chunk = rows_in_chunk(tokens, heads * head_dim * dtype.itemsize)
-    wide = 0 if x.dtype == dtype else chunk * heads * head_dim
-    parts = [(wide, dtype), (wide, dtype)]
+    wide = chunk * heads * head_dim
+    parts = [(wide, dtype), (0 if x.dtype == dtype else wide, dtype)]
     for table in (cos, sin):
         rows = chunk * table.shape[1]
         parts += [(rows if gathered else 0, table.dtype), (0 if table.dtype == dtype else rows, dtype)]

@@ -75,7 +75,12 @@ def _stays(node: fx.Node, flow: RowFlow) -> bool:
 
 
 def _compute_on_rows(
-    step: StepGraph, flow: RowFlow, sink: fx.Node, kept: Collection[fx.Node], index: fx.Node, made: dict[fx.Node, fx.Node]
+    step: StepGraph,
+    flow: RowFlow,
+    sink: fx.Node,
+    kept: Collection[fx.Node],
+    index: fx.Node,
+    made: dict[fx.Node, fx.Node],
 ) -> None:
     extent = flow.extent(sink)
     assert extent is not None
@@ -146,7 +151,9 @@ class _Schedule:
         """
         flow, inside = self.flow, set(members)
         whole = [n for n in members if any(n not in flow.by_rows(user) for user in self.users[n])]
-        by_rows = [n for n in members if any(self.level.get(u, 0) > level and n in flow.by_rows(u) for u in self.users[n])]
+        by_rows = [
+            n for n in members if any(self.level.get(u, 0) > level and n in flow.by_rows(u) for u in self.users[n])
+        ]
         earlier = {n for user in members for n in flow.by_rows(user)} - inside
         shared = set(ancestors(whole, flow, earlier)) & set(ancestors(by_rows, flow, earlier | set(whole)))
         sources = {n for n in inside if any(source in self.level for source in flow.whole(n))}

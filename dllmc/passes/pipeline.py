@@ -35,6 +35,7 @@ REGISTRY = {
     "fuse-rope": "FuseRope",
     "fuse-glu": "FuseGLU",
     "lower": "Lower",
+    "reuse-in-place": "ReuseInPlace",
     "plan-memory": "PlanMemory",
 }
 """Pass name -> class name; the module is the name with underscores, imported on first use."""
