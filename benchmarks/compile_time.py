@@ -62,7 +62,7 @@ def measure(layers: int) -> dict[str, Any]:
         "capture_seconds": captured - began,
         "passes": [asdict(entry) for entry in log],
         "peak_bytes": memory.peak,
-        "instructions": len(step.program.instructions),
+        "instructions": len(list(step.program.calls())),
         "arena_bytes": step.program.arena_bytes,
         "lower_bound_bytes": step.program.lower_bound_bytes,
     }

@@ -193,7 +193,7 @@ def _read_program(file: Path) -> Program:
     except ProgramError as error:
         raise ArtifactError(str(error)) from error
     try:
-        for instruction in program.instructions:
+        for instruction, _ in program.calls():
             operator(instruction.op)
         verify(program)
     except ProgramError as error:

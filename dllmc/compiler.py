@@ -12,12 +12,14 @@ from torch import nn
 from dllmc import artifact
 from dllmc.artifact import Artifact
 from dllmc.capture import capture
-from dllmc.errors import ConfigError
+from dllmc.errors import ConfigError, PassError
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.trace import Trace
 from dllmc.models import checkpoint
 from dllmc.passes import pipeline
 from dllmc.passes.base import Observer, Pass, Values
+from dllmc.passes.chunk_activations import ChunkActivations
+from dllmc.passes.fit_budget import FitBudget
 from dllmc.passes.recorder import Recorder
 from dllmc.passes.verify import NumericCheck
 from dllmc.runtime.executor import Executor
@@ -25,6 +27,8 @@ from dllmc.spec import ModelSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 VERIFY = ("none", "numeric")
+MAX_TOKENS_PER_STEP = 4096
+MAX_LOGIT_ROWS = 1024
 # The input that is as long as each size of a step.
 _SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "segments": "segments"}
 
@@ -33,9 +37,13 @@ _SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "
 class CompileOptions:
     """What a compiled step can take at most, and how it is compiled.
 
-    max_tokens_per_step: packed tokens of a step (a guided request counts twice).
+    max_tokens_per_step: packed tokens of a step (a guided request counts twice). None: 4096; with a budget as many as
+        fit, up to what the longest sequence has, if that is more.
     max_requests: segments of a step (a guided request has two).
-    max_logit_rows: masked positions that a step predicts; a block may be no longer.
+    max_logit_rows: masked positions that a step predicts; a block may be no longer. None: 1024, or with a budget as
+        many as fit.
+    memory_budget: bytes of all that an engine allocates, weights, arena and state. A step then works on chunks of its
+        tokens and rows, as large as fit. None: a step works on all at once.
     dtype: of a checkpoint's weights and activations, one of `DTYPES`; statistics of norms, softmax and logits are
         float32 in each. A bare module is compiled in the dtypes that it has.
     passes: pipeline text, see `dllmc.passes.pipeline`, or the passes themselves.
@@ -43,31 +51,46 @@ class CompileOptions:
         raises `PassError` where they disagree; for it a step must take its weights into memory.
     """
 
-    max_tokens_per_step: int = 4096
+    max_tokens_per_step: int | None = None
     max_requests: int = 64
-    max_logit_rows: int = 1024
+    max_logit_rows: int | None = None
+    memory_budget: int | None = None
     dtype: str = "float32"
     passes: str | tuple[Pass, ...] = pipeline.DEFAULT_PIPELINE
     verify: str = "none"
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens_per_step", 2), ("max_requests", 1), ("max_logit_rows", 1)):
-            if not least <= getattr(self, name) < 2**31:
+            if getattr(self, name) is not None and not least <= getattr(self, name) < 2**31:
                 raise ConfigError(f"{name}: expected {least} or more, below 2**31, found {getattr(self, name)}")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ConfigError(f"memory_budget: expected bytes, 1 or more, found {self.memory_budget}")
         for name, choices in (("dtype", DTYPES), ("verify", VERIFY)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
 
     @property
     def pipeline(self) -> tuple[Pass, ...]:
-        """The passes. Raises `PassError` where their text is no pipeline."""
-        return pipeline.parse(self.passes) if isinstance(self.passes, str) else self.passes
+        """The passes, told of the budget. Raises `PassError` where their text is no pipeline, or takes no budget."""
+        passes = pipeline.parse(self.passes) if isinstance(self.passes, str) else self.passes
+        if self.memory_budget is None:
+            return passes
+        told: dict[str, Pass] = {
+            ChunkActivations.name: ChunkActivations(MAX_TOKENS_PER_STEP),  # more rows at a time are no faster
+            FitBudget.name: FitBudget(
+                self.memory_budget, tokens=self.max_tokens_per_step is None, rows=self.max_logit_rows is None
+            ),
+        }
+        if missing := told.keys() - {current.name for current in passes}:
+            names = ", ".join(sorted(missing))
+            raise PassError(f"a memory budget needs the passes {names}, which are not in {pipeline.text_of(passes)}")
+        return tuple(told.get(current.name, current) for current in passes)
 
     @property
     def maxima(self) -> dict[str, int]:
-        """The largest sizes of a step, in the program's symbols."""
-        rows = self.max_logit_rows
-        return {"tokens": self.max_tokens_per_step, "rows": rows, "guided": rows, "segments": self.max_requests}
+        """The largest sizes of a step, in the program's symbols; a budget may make them smaller."""
+        tokens, rows = self.max_tokens_per_step or MAX_TOKENS_PER_STEP, self.max_logit_rows or MAX_LOGIT_ROWS
+        return {"tokens": tokens, "rows": rows, "guided": rows, "segments": self.max_requests}
 
 
 def compile(
@@ -83,8 +106,8 @@ def compile(
 
     `spec` is needed for a bare module, which maps token ids [1, T] to logits [1, T, V]; a checkpoint brings its own.
     `on_stage(name, done, stages)` is called before each stage: opening the model, capturing, every pass, writing.
-    `observers` look on while the passes run. Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError` or
-    `ArtifactError`.
+    `observers` look on while the passes run. Raises `CheckpointError`, `ConfigError`, `CaptureError`, `PassError`,
+    `BudgetError` or `ArtifactError`.
     """
     options = options or CompileOptions()
     stages = _Stages(on_stage, len(options.pipeline) + 3)
@@ -113,9 +136,12 @@ def rewrite(
 ) -> tuple[StepGraph, Trace]:
     """Capture a step of a module and run the passes on it: the compiler without its files.
 
-    Raises `CaptureError` or `PassError`.
+    Raises `CaptureError`, `PassError` or `BudgetError`.
     """
-    step = capture(model, spec, options.maxima)
+    maxima = options.maxima
+    if options.memory_budget is not None and options.max_tokens_per_step is None:
+        maxima["tokens"] = max(maxima["tokens"], spec.max_positions)
+    step = capture(model, spec, maxima)
     check = NumericCheck(_execute) if options.verify == "numeric" else None
     recorder = Recorder(step, check)
     pipeline.run(step, options.pipeline, *([check] if check is not None else []), recorder, *observers)

@@ -24,6 +24,10 @@ class PassError(DllmcError):
     """A pipeline that cannot run, or a pass that left the graph in a state it must not leave."""
 
 
+class BudgetError(DllmcError):
+    """A memory budget that is too small; says what takes how many bytes, and the smallest budget that would do."""
+
+
 class ProgramError(DllmcError):
     """A program that is malformed, or whose memory plan would overwrite a value that is still needed."""
 

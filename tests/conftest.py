@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-# Under nohup SIGINT is ignored, and so it would be in the commands that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Without a GPU, Triton kernels are tested by interpretation; Triton asks when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dllmc
 from tests.golden.cases import FOLDERS, ROOT
+
+
+def pytest_configure() -> None:
+    """Under nohup SIGINT is ignored, and so it would be in the commands that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

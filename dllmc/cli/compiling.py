@@ -10,7 +10,7 @@ import click
 
 from dllmc.cli import pass_help, prompts, report, terminal
 from dllmc.cli.group import Command, option
-from dllmc.cli.options import api_option, artifact_argument, html_option, json_option, out_argument
+from dllmc.cli.options import ByteSize, api_option, artifact_argument, html_option, json_option, out_argument
 
 if TYPE_CHECKING:
     from dllmc.compiler import CompileOptions
@@ -25,14 +25,32 @@ _STAGES = "Watching the compiler"
     cls=Command,
     epilog="\b\nExamples:\n"
     "  dllmc compile examples/tiny-llada sudoku.dllmc\n"
-    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16\n"
+    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16 --memory-budget 20GiB\n"
     "  dllmc compile examples/tiny-llada --stop-after pack-tokens | less",
 )
 @click.argument("model", type=click.Path())
 @out_argument
-@api_option("Size of a step", "max_tokens_per_step", int, "Packed tokens that a step takes at most.")
+@api_option(
+    "Size of a step",
+    "max_tokens_per_step",
+    int,
+    "Packed tokens that a step takes at most  [default: 4096, or what the budget holds]",
+)
 @api_option("Size of a step", "max_requests", int, "Segments of a step at most; a guided request has two.")
-@api_option("Size of a step", "max_logit_rows", int, "Masked positions that a step predicts, and a block has, at most.")
+@api_option(
+    "Size of a step",
+    "max_logit_rows",
+    int,
+    "Masked positions that a step predicts, and a block has, at most  [default: 1024, or what the budget holds]",
+)
+@option(
+    "Size of a step",
+    "--memory-budget",
+    type=ByteSize(),
+    metavar="SIZE",
+    help="All that an engine may allocate, weights included, such as 20GiB. Tokens and rows then go in chunks as large "
+    "as fit.",
+)
 @api_option("Compilation", "dtype", str, "Of weights and activations")
 @option("Compilation", "--passes", metavar="PIPELINE", help="Passes to run instead of those that `passes` lists.")
 @option(

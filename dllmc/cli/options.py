@@ -1,6 +1,8 @@
 """Options and arguments that commands share, with the API's defaults; nothing here loads torch or numpy."""
 
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,7 @@ import click
 from dllmc.cli.group import F, option
 
 DEFAULTS = {  # of CompileOptions and SamplingParams; a test holds them equal
-    "max_tokens_per_step": 4096,
     "max_requests": 64,
-    "max_logit_rows": 1024,
     "dtype": "float32",
     "gen_length": 128,
     "block_length": 32,
@@ -36,9 +36,29 @@ def token_ids(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"expected token ids such as 12,7,300, found {text!r}") from None
 
 
+_UNITS = {"": 1, "B": 1, **{f"{p}{i}B": b**n for b, i in ((1000, ""), (1024, "i")) for n, p in enumerate("KMGT", 1)}}
+
+
+_METAVARS = {int: "N", float: "X"}
+
+
+class ByteSize(click.ParamType[int]):
+    """Bytes, as 20GiB, 512MiB, 1.5GB or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes, rounded down."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+        if match is None or match[2].lower() not in units:
+            self.fail(f"expected a size such as 20GiB, 512MiB or 1500000000, found {value!r}", param, ctx)
+        return int(Decimal(match[1]) * units[match[2].lower()])
+
+
 def api_option(heading: str, name: str, kind: Any, text: str) -> Callable[[F], F]:
     """An option that is a field of the API's, with its default and choices."""
-    attributes: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind), "help": text}
+    attributes: dict[str, Any] = {"type": kind, "metavar": _METAVARS.get(kind), "help": text}
     if name in CHOICES:
         attributes |= {"type": click.Choice(CHOICES[name]), "metavar": "NAME"}
         attributes["help"] = f"{text}: {', '.join(CHOICES[name])}."

@@ -27,7 +27,7 @@ def render(artifact: "Artifact", trace: Trace, log: "Sequence[LogEntry]" = ()) -
             {
                 "name": name,
                 "maxima": program.maxima,
-                "instructions": len(program.instructions),
+                "instructions": len(list(program.calls())),
                 "arena_bytes": program.arena_bytes,
                 "lower_bound_bytes": program.lower_bound_bytes,
                 "buffers": [

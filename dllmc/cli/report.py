@@ -15,7 +15,11 @@ from dllmc.ir.trace import Graph, Trace, calls, written_bytes
 if TYPE_CHECKING:
     from dllmc.artifact import Artifact
     from dllmc.evaluate import Report
+    from dllmc.ir.program import Program
     from dllmc.passes.base import LogEntry
+
+
+BLOCK = 32  # as many masked positions as a request has by default
 
 
 def echo(lines: Iterable[str]) -> None:
@@ -36,7 +40,7 @@ def model_lines(artifact: "Artifact") -> Iterator[str]:
     )
     for name, program in artifact.programs.items():
         limits = ", ".join(f"{value} {symbol}" for symbol, value in program.maxima.items())
-        yield f"program  {name}: {len(program.instructions)} instructions, {len(program.buffers)} buffers; {limits}"
+        yield f"program  {name}: {len(list(program.calls()))} instructions, {len(program.buffers)} buffers; {limits}"
 
 
 def pass_lines(artifact: "Artifact") -> Iterator[str]:
@@ -75,14 +79,31 @@ def error_lines(trace: Trace) -> Iterator[str]:
 
 
 def memory_lines(artifact: "Artifact") -> Iterator[str]:
-    """The equation weights + arena + kv_pool + state = total, and how good each program's plan is."""
+    """The equation weights + arena + kv_pool + state = total, what it buys, and how good each program's plan is."""
     memory = artifact.memory
     parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "arena", "kv_pool", "state"))
     yield f"memory   {parts} = {size(memory['total'])}"
+    budget = artifact.manifest["options"].get("memory_budget")
+    if budget is not None:
+        yield f"budget   {size(budget)}, of which {size(budget - memory['total'])} are left"
     for program in artifact.programs.values():
+        yield f"buys     {capacity(artifact, program)}"
         bound = program.lower_bound_bytes or 0
         gap = "optimal" if program.arena_bytes == bound else f"at least {size(bound)} are live at once"
         yield f"arena    {program.name}: {size(program.arena_bytes or 0)} for {len(program.buffers)} buffers, {gap}"
+
+
+def capacity(artifact: "Artifact", program: "Program") -> str:
+    """How long a request may be, and how many of some lengths a step takes together."""
+    limits = program.maxima
+    longest = min(limits["tokens"], artifact.spec.max_positions)
+    blocks = max(1, limits["rows"] // BLOCK)
+    lengths = [length for length in (4096, 1024, 256) if 2 * length <= limits["tokens"]]
+    counts = [(min(limits["tokens"] // length, limits["segments"], blocks), length) for length in lengths]
+    together = ", ".join(f"{count} of {length}" for count, length in counts if count > 1)
+    return f"a request of up to {longest} tokens" + (
+        f", or at once {together}, in blocks of {BLOCK}" if together else ""
+    )
 
 
 def traced(artifact: "Artifact") -> Trace:
@@ -100,7 +121,7 @@ def document(artifact: "Artifact", with_programs: bool = False, graph: Graph | N
     programs = [
         {
             "name": name,
-            "instructions": len(program.instructions),
+            "instructions": len(list(program.calls())),
             "buffers": len(program.buffers),
             "maxima": dict(program.maxima),
             "arena_bytes": program.arena_bytes,

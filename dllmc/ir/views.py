@@ -86,12 +86,10 @@ class Move:
 
         Constant strides are all that there is, but for axes of one element.
         """
-        axes = []
-        for (dim, old), new in zip(_axes(self.old), (s for _, s in _axes(self.new)), strict=True):
-            if old.terms or new.terms:
-                return []
-            axes.append((dim, old.constant, new.constant))
-        axes.sort(key=lambda axis: -axis[1])
+        pairs = [(dim, old, new) for (dim, old), (_, new) in zip(_axes(self.old), _axes(self.new), strict=True)]
+        if any(old.terms or new.terms for _, old, new in pairs):
+            return []
+        axes = sorted(((dim, old.constant, new.constant) for dim, old, new in pairs), key=lambda axis: -axis[1])
         merged: list[tuple[Affine, int, int]] = []
         for dim, old, new in axes:
             if merged and not dim.terms and merged[-1][1:] == (old * dim.constant, new * dim.constant):

@@ -31,6 +31,7 @@ from dllmc.ir.step_graph import Loop, StepGraph, loop_of
 from dllmc.ops.facts import WHOLE_OPERANDS
 from dllmc.ops.registry import OPERATORS
 from dllmc.passes.base import Pass, PassResult
+from dllmc.passes.sizing import workspace_bytes
 
 aten = torch.ops.aten
 
@@ -132,18 +133,11 @@ class _Lowering:
         )
 
     def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
-        workspace = None
-        largest = [self._largest(operand) for operand in inputs if isinstance(operand, View)]
-        if needed := OPERATORS[op].workspace_bytes(largest):
-            workspace = f"%{node.name}.workspace"
-            self.buffers[workspace] = Tensor("uint8", (Affine(needed),))
-        self.instructions.append((self.loop, Instruction(op, inputs, outputs, workspace, source_line(node))))
-
-    def _largest(self, view: View) -> torch.Tensor:
-        """A tensor without memory, of the operand's dtype and of its shape in the largest step."""
-        tensor = (self.buffers | self.weights | self.inputs)[view.base]
-        shape = [dim.at(self.step.maxima) for dim in view.shape]
-        return torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta")
+        call = Instruction(op, inputs, outputs, source=source_line(node))
+        if needed := workspace_bytes(call, self.buffers | self.weights | self.inputs, self.step.maxima):
+            call = replace(call, workspace=f"%{node.name}.workspace")
+            self.buffers[f"%{node.name}.workspace"] = Tensor("uint8", (Affine(needed),))
+        self.instructions.append((self.loop, call))
 
     def _operands(self, node: fx.Node, name: str) -> tuple[Operand, ...]:
         """The call's arguments in the order of its schema; trailing ones at their defaults are left out.

@@ -12,7 +12,7 @@ from dataclasses import Field, fields
 from importlib.metadata import entry_points
 from typing import Any
 
-from dllmc.errors import CaptureError, PassError
+from dllmc.errors import BudgetError, CaptureError, PassError
 from dllmc.ir.step_graph import StepGraph
 from dllmc.passes import order
 from dllmc.passes.base import LogEntry, Observer, Pass
@@ -36,6 +36,7 @@ REGISTRY = {
     "fuse-glu": "FuseGLU",
     "lower": "Lower",
     "reuse-in-place": "ReuseInPlace",
+    "fit-budget": "FitBudget",
     "plan-memory": "PlanMemory",
 }
 """Pass name -> class name; the module is the name with underscores, imported on first use."""
@@ -106,7 +107,7 @@ def _run_one(step: StepGraph, current: Pass, facts: set[str]) -> LogEntry:
         result = current.run(step)
     except CaptureError as error:
         raise CaptureError(f"pass {current.name!r}: {error}") from error
-    except PassError:
+    except (PassError, BudgetError):
         raise
     except Exception as error:
         raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 from dllmc.errors import PassError
-from dllmc.ir.program import ALIGNMENT_BYTES, aligned
+from dllmc.ir.program import Program
 from dllmc.ir.step_graph import StepGraph
 from dllmc.memory import planner
-from dllmc.memory.liveness import lifetimes
 from dllmc.passes.base import Pass, PassResult
+from dllmc.passes.sizing import planned_buffers
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,23 @@ class PlanMemory(Pass):
     ensures = ("planned",)
 
     def run(self, step: StepGraph) -> PassResult:
-        program = step.program
-        if program is None:
+        if step.program is None:
             raise PassError("pass 'plan-memory': the step has no program; run lower before it")
-        spans = lifetimes(program)
-        sizes = {name: aligned(program.buffers[name].size_bytes(program.maxima)) for name in spans}
-        plan = planner.plan([planner.Buffer(name, *spans[name], size, ALIGNMENT_BYTES) for name, size in sizes.items()])
-        buffers = {
-            name: replace(program.buffers[name], offset=plan.offsets[name], lifetime=span)
-            for name, span in spans.items()
+        step.program = program = planned(step.program)
+        stats = {
+            "buffers_bytes": sum(buffer.size for buffer in planned_buffers(program)),
+            "arena_bytes": program.arena_bytes or 0,
+            "bound_bytes": program.lower_bound_bytes or 0,
         }
-        step.program = replace(program, buffers=buffers, arena_bytes=plan.height, lower_bound_bytes=plan.lower_bound)
-        stats = {"buffers_bytes": sum(sizes.values()), "arena_bytes": plan.height, "bound_bytes": plan.lower_bound}
         return PassResult(False, stats)
+
+
+def planned(program: Program) -> Program:
+    """The program with the lifetime of every buffer that a call touches, and its offset."""
+    buffers = planned_buffers(program)
+    plan = planner.plan(buffers)
+    placed = {
+        str(b.id): replace(program.buffers[str(b.id)], offset=plan.offsets[b.id], lifetime=(b.lower, b.upper))
+        for b in buffers
+    }
+    return replace(program, buffers=placed, arena_bytes=plan.height, lower_bound_bytes=plan.lower_bound)

@@ -44,13 +44,16 @@ _VIEWS = (
 
 
 class RowFlow:
-    """The extents of a step's values, and which calls read which of them by rows."""
+    """The extents of a step's values, and which calls read which of them by rows; of the graph as it was given."""
 
     def __init__(self, step: StepGraph) -> None:
         self.step = step
+        self._affines: dict[object, Affine] = {}
         self._extents: dict[fx.Node, Affine | None] = {}
         for node in step.graph.nodes:
             self._extents[node] = self._extent(node)
+        self._by_rows = {node: self._read_by_rows(node) for node in step.graph.nodes}
+        self._whole = {node: self._read_whole(node) for node in step.graph.nodes}
 
     def extent(self, node: fx.Node) -> Affine | None:
         """The size whose rows a value has; None where it has none, or where its call does not keep them apart."""
@@ -58,16 +61,11 @@ class RowFlow:
 
     def by_rows(self, user: fx.Node) -> list[fx.Node]:
         """What a call on rows reads row by row."""
-        extent = self.extent(user)
-        if extent is None:
-            return []
-        whole = [user.args[i] for i in WHOLE_OPERANDS.get(user.target, ())]
-        return [n for n in user.all_input_nodes if n not in whole and self.axis(n, extent) is not None]
+        return self._by_rows[user]
 
     def whole(self, user: fx.Node) -> list[fx.Node]:
         """What any call reads otherwise, and is computed on rows."""
-        rows = self.by_rows(user)
-        return [n for n in user.all_input_nodes if n not in rows and self.extent(n) is not None]
+        return self._whole[user]
 
     def row_bytes(self, node: fx.Node) -> int:
         """Bytes of a row of a value."""
@@ -124,7 +122,21 @@ class RowFlow:
         return axes[0] if len(axes) == 1 else None
 
     def _affine(self, size: Any) -> Affine:
-        return self.step.affine(size, "its shape")
+        expression = size.node.expr if isinstance(size, torch.SymInt) else size
+        if expression not in self._affines:
+            self._affines[expression] = self.step.affine(size, "its shape")
+        return self._affines[expression]
+
+    def _read_by_rows(self, user: fx.Node) -> list[fx.Node]:
+        extent = self.extent(user)
+        if extent is None:
+            return []
+        whole = [user.args[i] for i in WHOLE_OPERANDS.get(user.target, ())]
+        return [n for n in user.all_input_nodes if n not in whole and self.axis(n, extent) is not None]
+
+    def _read_whole(self, user: fx.Node) -> list[fx.Node]:
+        rows = self._by_rows[user]
+        return [n for n in user.all_input_nodes if n not in rows and self.extent(n) is not None]
 
     def _extent(self, node: fx.Node) -> Affine | None:
         found = [extent for extent in self._sizes if self.axis(node, extent) is not None]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dllmc import artifact
 from dllmc.artifact import Artifact
-from dllmc.errors import RequestError
+from dllmc.errors import BudgetError, RequestError
 from dllmc.runtime import batch, scheduler
 from dllmc.runtime.executor import Executor
 from dllmc.runtime.params import CachePolicy, Prompt, SamplingParams
@@ -93,9 +93,19 @@ class Engine:
         return result if self.tokenizer is None else replace(result, text=self.tokenizer.decode(result.token_ids))
 
 
-def load(path: str | Path) -> Engine:
-    """Open an artifact and allocate what its plan says. Raises `ArtifactError`."""
-    return Engine(artifact.read(path))
+def load(path: str | Path, memory_budget: int | None = None) -> Engine:
+    """Open an artifact and allocate what its plan says: `artifact.memory["total"]` bytes, whatever the budget.
+
+    `memory_budget`: the most bytes that may be. Raises `ArtifactError`, or `BudgetError` where the plan takes more.
+    """
+    opened = artifact.read(path)
+    if memory_budget is not None and opened.memory["total"] > memory_budget:
+        parts = ", ".join(f"{name} {opened.memory[name]}" for name in ("weights", "arena", "kv_pool", "state"))
+        raise BudgetError(
+            f"{path}: expected a memory budget of {opened.memory['total']} bytes or more ({parts}), found "
+            f"{memory_budget}; compile with a memory budget to have a smaller arena"
+        )
+    return Engine(opened)
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

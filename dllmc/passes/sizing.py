@@ -1,0 +1,50 @@
+"""What a program takes at given sizes of a step: its workspaces, and all that an engine allocates for it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from dllmc.ir.program import ALIGNMENT_BYTES, Affine, Instruction, Program, Sizes, Tensor, View, aligned
+from dllmc.memory import planner
+from dllmc.memory.liveness import lifetimes
+from dllmc.ops.registry import OPERATORS
+
+
+def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], maxima: Sizes) -> int:
+    """Bytes of workspace that a call needs in the largest step."""
+    views = [operand for operand in instruction.inputs if isinstance(operand, View)]
+    largest = [
+        torch.empty(
+            [dim.at(maxima) for dim in view.shape],
+            dtype=getattr(torch, tensors[view.base].dtype),
+            device="meta",
+        )
+        for view in views
+    ]
+    return OPERATORS[instruction.op].workspace_bytes(largest)
+
+
+def resized(program: Program, maxima: Mapping[str, int]) -> Program:
+    """The program, without a plan, for steps of other sizes, none larger than it was lowered for."""
+    buffers = dict(program.buffers)
+    for instruction, _ in program.calls():
+        if instruction.workspace is not None:
+            needed = workspace_bytes(instruction, program.buffers | program.weights | program.inputs, maxima)
+            buffers[instruction.workspace] = Tensor("uint8", (Affine(needed),))
+    return replace(program, maxima=dict(maxima), buffers=buffers, arena_bytes=None, lower_bound_bytes=None)
+
+
+def planned_buffers(program: Program) -> list[planner.Buffer]:
+    """The program's buffers as the planner takes them: lifetimes, and sizes in the largest step."""
+    sizes = {name: aligned(buffer.size_bytes(program.maxima)) for name, buffer in program.buffers.items()}
+    spans = lifetimes(program)
+    return [planner.Buffer(name, *span, sizes[name], ALIGNMENT_BYTES) for name, span in spans.items()]
+
+
+def total_bytes(program: Program) -> int:
+    """Weights, state, and the arena: as planned, or else as no plan can undercut."""
+    arena = program.arena_bytes
+    if arena is None:
+        arena = planner.lower_bound(planned_buffers(program))
+    return program.weight_bytes + program.state_bytes + arena
