@@ -97,13 +97,11 @@ def capacity(artifact: "Artifact", program: "Program") -> str:
     """How long a request may be, and how many of some lengths a step takes together."""
     limits = program.maxima
     longest = min(limits["tokens"], artifact.spec.max_positions)
-    blocks = max(1, limits["rows"] // BLOCK)
-    lengths = [length for length in (4096, 1024, 256) if 2 * length <= limits["tokens"]]
-    counts = [(min(limits["tokens"] // length, limits["segments"], blocks), length) for length in lengths]
-    together = ", ".join(f"{count} of {length}" for count, length in counts if count > 1)
-    return f"a request of up to {longest} tokens" + (
-        f", or at once {together}, in blocks of {BLOCK}" if together else ""
-    )
+    most = min(limits["segments"], limits["rows"] // BLOCK)
+    counts = {n: min(limits["tokens"] // n, most) for n in (longest, longest // 4, longest // 16) if n}
+    together = " or ".join(f"{count} of {length}" for length, count in counts.items() if count > 1)
+    at_once = f", at once {together} tokens in blocks of {BLOCK}" if together else ""
+    return f"requests of up to {longest} tokens{at_once}"
 
 
 def traced(artifact: "Artifact") -> Trace:
