@@ -12,6 +12,7 @@ class Recorder(Observer):
 
     def __init__(self, step: StepGraph, check: NumericCheck | None = None) -> None:
         self._lister = Lister(step)
+        self._maxima = dict(step.maxima)  # in which the listings give sizes, whatever a budget makes of them
         self._check = check
         self._checked = 0
         self._graphs: list[Graph] = [self._lister.graph()]
@@ -20,7 +21,7 @@ class Recorder(Observer):
     @property
     def trace(self) -> Trace:
         """What has been recorded so far."""
-        return Trace(dict(self._lister.step.maxima), tuple(self._graphs), tuple(self._passes))
+        return Trace(self._maxima, tuple(self._graphs), tuple(self._passes))
 
     def after(self, current: Pass, step: StepGraph, entry: LogEntry) -> None:
         if entry.modified:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from dllmc.errors import RequestError
+from dllmc.ir.program import SYMBOLS
 from dllmc.runtime.request import Request
 
 Demand = Mapping[str, int]
@@ -35,10 +36,10 @@ def require_admissible(request: Request, limits: Demand, where: str) -> None:
 
 def admitted(waiting: Sequence[Request], running: Sequence[Request], limits: Demand) -> int:
     """How many requests at the head of the queue fit into a step beside the running ones."""
-    used = {symbol: sum(demand(r)[symbol] for r in running) for symbol in limits}
+    used = {symbol: sum(demand(r)[symbol] for r in running) for symbol in SYMBOLS}
     for index, request in enumerate(waiting):
         wanted = demand(request)
-        used = {symbol: used[symbol] + wanted[symbol] for symbol in limits}
-        if any(used[symbol] > limits[symbol] for symbol in limits):
+        used = {symbol: used[symbol] + wanted[symbol] for symbol in SYMBOLS}
+        if any(used[symbol] > limits[symbol] for symbol in SYMBOLS):
             return index
     return len(waiting)
