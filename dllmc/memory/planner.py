@@ -1,68 +1,43 @@
-"""Offsets for buffers with known sizes and lifetimes, in as small an arena as best-fit by size finds.
+"""Offsets for buffers with known sizes and lifetimes, in the smallest arena that can be found in the time given.
 
-The lower bound is the largest sum of sizes alive at one time; where the height meets it, the plan is optimal.
+Greedy orders first; where they miss the bound, one period of what repeats, and then a complete search of the whole.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
 
+from dllmc.memory import exact, periods
+from dllmc.memory.buffers import Buffer, lower_bound
 
-@dataclass(frozen=True)
-class Buffer:
-    """`size` units, alive in the half-open interval `[lower, upper)`; its offset is a multiple of `alignment`."""
-
-    id: Hashable
-    lower: int
-    upper: int
-    size: int
-    alignment: int = 1
+__all__ = ["Buffer", "Plan", "lower_bound", "plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An offset for every buffer, the arena's height, the live lower bound, and whether the two are equal."""
+    """An offset for every buffer, the arena's height, the live lower bound, and whether no plan is lower.
+
+    `optimal` is proven: the height meets the bound, or the search has been through all that is lower. `nodes` counts
+    the steps of the search, 0 where a greedy order was good enough.
+    """
 
     offsets: Mapping[Hashable, int]
     height: int
     lower_bound: int
     optimal: bool
+    nodes: int = field(default=0, compare=False)
 
 
-def plan(buffers: Sequence[Buffer]) -> Plan:
-    """Place buffers so that no two that are alive together overlap.
+def plan(buffers: Sequence[Buffer], capacity: int | None = None, time_limit: float = 5.0) -> Plan:
+    """Place buffers so that no two that are alive together overlap, as low as `time_limit` seconds allow.
 
-    Largest first, each into the smallest gap among those placed and alive with it that holds it, or on top.
+    With `capacity` any plan that is no higher will do, and the search stops there; where it finds none, or there is
+    none, the height says so. Plans depend on the clock only where the limit ends the search.
     """
-    placed: list[tuple[int, Buffer]] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.size, b.lower, b.upper)):
-        rivals = sorted(
-            (offset, offset + other.size)
-            for offset, other in placed
-            if other.lower < buffer.upper and buffer.lower < other.upper
-        )
-        placed.append((_best_fit(rivals, buffer), buffer))
-    height = max((offset + b.size for offset, b in placed), default=0)
-    bound = lower_bound(buffers)
-    return Plan({b.id: offset for offset, b in placed}, height, bound, height == bound)
-
-
-def lower_bound(buffers: Sequence[Buffer]) -> int:
-    """The largest sum of sizes alive at one time: no plan is lower."""
-    changes = sorted(change for b in buffers for change in ((b.lower, b.size), (b.upper, -b.size)))
-    live = peak = 0
-    for _, change in changes:  # at equal times the releases come first: lifetimes are half-open
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def _best_fit(rivals: Sequence[tuple[int, int]], buffer: Buffer) -> int:
-    best: tuple[int, int] | None = None
-    end_of_taken = 0
-    for start, end in rivals:
-        offset = -(-end_of_taken // buffer.alignment) * buffer.alignment
-        room = start - offset
-        if room >= buffer.size and (best is None or room < best[0]):
-            best = room, offset
-        end_of_taken = max(end_of_taken, end)
-    return best[1] if best is not None else -(-end_of_taken // buffer.alignment) * buffer.alignment
+    began = perf_counter()
+    found = exact.draft(buffers, capacity)
+    for times in (1, 2):  # two layers a period: what is carried over may take turns between two places
+        if not found.settled(capacity) and (repetition := periods.find(buffers, times)) is not None:
+            periods.tile(repetition, found, capacity, began + time_limit * times / 4)
+    exact.settle(buffers, found, capacity, began + time_limit)
+    return Plan(found.offsets, found.height, lower_bound(buffers), found.height <= found.bound, found.nodes)
