@@ -25,7 +25,8 @@ _STAGES = "Watching the compiler"
     cls=Command,
     epilog="\b\nExamples:\n"
     "  dllmc compile examples/tiny-llada sudoku.dllmc\n"
-    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16 --memory-budget 20GiB\n"
+    "  dllmc compile GSAI-ML/LLaDA-8B-Instruct llada.dllmc --dtype bfloat16\n"
+    "  dllmc compile examples/tiny-llada sudoku.dllmc --memory-budget 20MiB\n"
     "  dllmc compile examples/tiny-llada --stop-after pack-tokens | less",
 )
 @click.argument("model", type=click.Path())
