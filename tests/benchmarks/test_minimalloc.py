@@ -16,7 +16,8 @@ def test_a_small_instance(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     [record] = json.loads(out.read_text())["results"]
     assert (record["buffers"], record["capacity"], record["height"]) == (5, 12, 12)
-    assert record["solved"] and record["optimal"]
+    assert record["solved"]
+    assert record["optimal"]
     assert "input.12.csv" in done.output
 
 

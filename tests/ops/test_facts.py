@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from dllmc.ops import facts
 from dllmc.ops.facts import is_row_wise
+from dllmc.spec import MAX_SUPPRESS_TOKENS
 
 aten = torch.ops.aten
 dllmc = torch.ops.dllmc
@@ -315,6 +316,27 @@ def gathered(draw: Draw) -> list[Any]:
     return [x, dim, torch.arange(length) % min(x.shape[dim], 5)]
 
 
+@st.composite
+def attended(draw: Draw) -> list[Any]:
+    """TOKENS queries among other keys, or among as many."""
+    queries, keys, heads = draw(st.sampled_from(((TOKENS, 3, 2), (TOKENS, TOKENS, 1))))
+    q, k, v = (filled((n, heads, 4), seed) for seed, n in enumerate((queries, keys, keys)))
+    args = [q, k, v, torch.tensor([[0, queries]]), torch.tensor([[0, keys]]), 0.5]
+    return args + [None, 0][: draw(st.integers(0, 2))]
+
+
+@st.composite
+def decoded(draw: Draw) -> list[Any]:
+    """TOKENS rows, or as many tokens to choose from, in two segments."""
+    rows, vocab = draw(st.sampled_from(((TOKENS, 4), (3, TOKENS))))
+    segment, position, target = (torch.arange(rows) % 2, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+    floats = torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.zeros(2, dtype=torch.int64)
+    seeds = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    suppressed = torch.full((2, MAX_SUPPRESS_TOKENS), -1)
+    hidden, weight = filled((rows, 8)).float(), filled((vocab, 8), 1).float()
+    return [hidden, weight, None, 1.0, segment, position, target, *floats, *seeds, suppressed]
+
+
 POINTWISE: dict[str, Callable[[], st.SearchStrategy[list[Any]]]] = {
     **dict.fromkeys(("add.Scalar", "div.Scalar", "mul.Scalar", "sub.Scalar", "rsub.Scalar"), with_number),
     **dict.fromkeys(("clamp.default", "clamp_max.default", "clamp_min.default", "pow.Tensor_Scalar"), with_number),
@@ -369,6 +391,8 @@ CALLS: dict[Any, st.SearchStrategy[list[Any]]] = {
     dllmc.add_rms_norm.default: normed(2),
     dllmc.rms_norm.default: normed(1),
     dllmc.rope.default: rotated(),
+    dllmc.attention.default: attended(),
+    dllmc.decode_head.default: decoded(),
 }
 
 
@@ -380,8 +404,8 @@ def test_every_operator_of_the_tables_is_tried() -> None:
         facts._ALONG_LAST,
         facts._ALONG_TRAILING,
         set(facts._ALONG_AXES),
-        facts._MOVES,
-        facts._RESHAPES,
+        facts.MOVES,
+        facts.RESHAPES,
     )
     alone = {aten.embedding.default, aten.index_select.default, aten.matmul.default}
     assert set().union(*tables) | alone == set(CALLS)
@@ -401,7 +425,7 @@ def test_row_wise_is_what_keeps_rows_apart(target: Any) -> None:
         assert claimed(target, args) == expected
 
     compare()
-    never_mixes = facts.POINTWISE | facts._MOVES | {aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int}
+    never_mixes = facts.POINTWISE | facts.MOVES | {aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int}
     assert seen == ({True} if target in never_mixes else {True, False})
 
 

@@ -39,7 +39,8 @@ def total(program: Program) -> int:
 def fit(program: Program, **options: int | bool) -> Program:
     step = replace(LOOPS, program=program, maxima=dict(program.maxima))
     FitBudget(**options).run(step)
-    assert step.program is not None and step.maxima == step.program.maxima
+    assert step.program is not None
+    assert step.maxima == step.program.maxima
     return step.program
 
 
@@ -59,7 +60,8 @@ def test_no_more_is_given_up_than_needed(share: float) -> None:
     fitted = fit(sized(700, 300, 4096), bytes=budget, tokens=True, rows=True)
     sizes = {name: fitted.maxima[name] for name in ("tokens", "rows", CHUNK)}
     assert total(fitted) <= budget
-    assert fitted.maxima["guided"] == sizes["rows"] and sizes[CHUNK] <= sizes["tokens"]
+    assert fitted.maxima["guided"] == sizes["rows"]
+    assert sizes[CHUNK] <= sizes["tokens"]
     if total(sized(700, 300, 700)) <= budget:
         assert sizes == {"tokens": 700, "rows": 300, CHUNK: 700}
         return
