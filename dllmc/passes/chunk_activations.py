@@ -189,6 +189,5 @@ class _Schedule:
             self.placed.add(node)
             output.prepend(node)
             node.args, node.kwargs = fx.map_arg((args, kwargs), lambda n: places.get(n, n))
-        if loop is not None:
-            node.meta["loop"] = loop
+        node.meta["loop"] = loop
         return node

@@ -64,15 +64,16 @@ class _Reuse:
             body = (item,) if isinstance(item, Instruction) else item.body
             if isinstance(item, ForRows):
                 self._in_loop(body, index)
-            placed = []
+            calls = []
             for call in body:
                 self._in_call(call, index, item if isinstance(item, ForRows) else None)
-                placed.append(self._placed(call))
+                calls.append(self._placed(call))
                 index += 1
-            items += placed if isinstance(item, Instruction) else [replace(item, body=tuple(placed))]
+            items += calls if isinstance(item, Instruction) else [replace(item, body=tuple(calls))]
         outputs = {name: self._view(view) for name, view in self.program.outputs.items()}
         buffers = {name: buffer for name, buffer in self.program.buffers.items() if name not in self.moves}
-        return replace(self.program, instructions=tuple(items), outputs=outputs, buffers=buffers)
+        placed = replace(self.program, instructions=tuple(items), outputs=outputs, buffers=buffers)
+        return replace(placed, arena_bytes=None, lower_bound_bytes=None)
 
     def _in_call(self, call: Instruction, index: int, loop: ForRows | None) -> None:
         """Case 1."""

@@ -39,7 +39,6 @@ _VIEWS = (
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unbind.int,
-    operator.getitem,
 )
 
 
@@ -69,16 +68,14 @@ class RowFlow:
 
     def row_bytes(self, node: fx.Node) -> int:
         """Bytes of a row of a value."""
-        value = node.meta["val"]
-        results = value if isinstance(value, list | tuple) else [value]
-        widths = (math.prod(size for size in v.shape if isinstance(size, int)) * v.element_size() for v in results)
-        return int(sum(widths))
+        shape: Sequence[Any] = node.meta["val"].shape
+        return math.prod(size for size in shape if isinstance(size, int)) * int(node.meta["val"].element_size())
 
     def narrowest(self, sinks: Collection[fx.Node], sources: Collection[fx.Node]) -> set[fx.Node]:
         """Values from which every sink can be computed without `sources`, of the fewest bytes a row together.
 
-        A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of. Inputs
-        of the step cost nothing. Of several such sets it is the one that leaves the least to compute.
+        A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of, nor
+        several results together. Inputs of the step cost nothing. Of such sets it is the one that leaves least to do.
         """
         flow = nx.DiGraph()
         flow.add_nodes_from("st")
@@ -86,8 +83,10 @@ class RowFlow:
         for node in (queue := list(sinks)):
             free = node.op == "placeholder"
             stays = free or node in sources or self.extent(node) is None
-            stored = {} if is_view(node) and not stays else {"capacity": 0 if free else self.row_bytes(node)}
-            flow.add_edge((node, "in"), (node, "out"), **stored)
+            if not isinstance(node.meta["val"], torch.Tensor) or (_is_view(node, sources) and not stays):
+                flow.add_edge((node, "in"), (node, "out"))
+            else:
+                flow.add_edge((node, "in"), (node, "out"), capacity=0 if free else self.row_bytes(node))
             if stays:
                 flow.add_edge("s", (node, "in"))
                 continue
@@ -147,14 +146,16 @@ class RowFlow:
         return found[0] if rows else None
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether a call may return what it is given, in other words."""
-    return node.target in _VIEWS
-
-
 def is_product(node: fx.Node) -> bool:
     """Whether a call is one not to be made twice."""
     return node.target in _PRODUCTS
+
+
+def _is_view(node: fx.Node, sources: Collection[fx.Node]) -> bool:
+    """Whether a call may return what it is given, in other words; one of several results may be that."""
+    if node.target is operator.getitem:
+        return node.args[0] not in sources and node.args[0].target in _VIEWS  # type: ignore[union-attr]
+    return node.target in _VIEWS
 
 
 def ancestors(targets: Iterable[fx.Node], flow: RowFlow, stop: Collection[fx.Node]) -> Iterator[fx.Node]:

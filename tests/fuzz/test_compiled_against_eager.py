@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllmc
+from dllmc.passes.pipeline import DEFAULT_PIPELINE
 from tests.brute_force import decode
 from tests.strategies import TinyModel, build, models, requests
 
@@ -24,7 +25,9 @@ def check(max_examples: int) -> Counter[str]:
         drawn = [data.draw(requests(tiny.spec)) for _ in range(REQUESTS)]
         model = build(tiny)
         with tempfile.TemporaryDirectory() as folder:
-            options = dllmc.CompileOptions(max_tokens_per_step=128, max_requests=8, max_logit_rows=32)
+            chunk = data.draw(st.sampled_from((0, 0, 1, 7, 50)))
+            passes = DEFAULT_PIPELINE.replace("chunk-activations", f"chunk-activations{{chunk={chunk}}}")
+            options = dllmc.CompileOptions(128, max_requests=8, max_logit_rows=32, passes=passes)
             artifact = dllmc.compile(model, f"{folder}/artifact", options, tiny.spec)
             engine = dllmc.load(artifact.path)
         results = engine.generate(

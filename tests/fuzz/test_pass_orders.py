@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from dllmc.passes import order, pipeline
 from dllmc.passes.base import Pass
+from dllmc.passes.chunk_activations import ChunkActivations
+from dllmc.passes.fit_budget import FitBudget
 from dllmc.passes.pack_tokens import PackTokens
+from dllmc.passes.plan_memory import PlanMemory
 from dllmc.passes.remove_noops import RemoveNoops
+from dllmc.passes.reuse_in_place import ReuseInPlace
 from tests.fuzz.modules import Module, Pieces, pieces
 from tests.graphs import MAXIMA, SPEC, captured, execute_program, step_inputs
 
@@ -40,12 +44,15 @@ def orders(draw: st.DrawFn) -> tuple[Pass, ...]:
     chosen = [name for name in OPTIONAL if draw(st.sampled_from((True, True, False)))]
     chosen += draw(st.lists(st.sampled_from(OPTIONAL), max_size=2))
     passes = [pipeline.lookup(name)() for name in (*NEEDED, *chosen)]
+    chunk = draw(st.integers(0, 9))
+    passes = [ChunkActivations(chunk) if type(p) is ChunkActivations else p for p in passes]
     facts: nx.DiGraph[type[Pass]] = order.dependencies({type(p) for p in passes})
     facts.add_edge(RemoveNoops, PackTokens)  # which refuses conversions and copies as it does any call it does not know
+    facts.add_edges_from((p, PlanMemory) for p in (ReuseInPlace, FitBudget))  # which undo a plan
     placed: list[Pass] = []
     while passes:
-        done = {type(p) for p in placed}
-        ready = [i for i, p in enumerate(passes) if done >= set(facts.predecessors(type(p)))]
+        left = {type(p) for p in passes}
+        ready = [i for i, p in enumerate(passes) if not left & set(facts.predecessors(type(p)))]
         placed.append(passes.pop(draw(st.sampled_from(ready))))
     return tuple(placed)
 
