@@ -154,7 +154,8 @@ def is_product(node: fx.Node) -> bool:
 def _is_view(node: fx.Node, sources: Collection[fx.Node]) -> bool:
     """Whether a call may return what it is given, in other words; one of several results may be that."""
     if node.target is operator.getitem:
-        return node.args[0] not in sources and node.args[0].target in _VIEWS  # type: ignore[union-attr]
+        source: Any = node.args[0]
+        return source not in sources and source.target in _VIEWS
     return node.target in _VIEWS
 
 
