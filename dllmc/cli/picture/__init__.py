@@ -1,0 +1,1 @@
+"""Pictures of where a program's memory goes."""
