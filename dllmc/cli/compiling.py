@@ -10,7 +10,15 @@ import click
 
 from dllmc.cli import pass_help, prompts, report, terminal
 from dllmc.cli.group import Command, option
-from dllmc.cli.options import ByteSize, api_option, artifact_argument, html_option, json_option, out_argument
+from dllmc.cli.options import (
+    ByteSize,
+    api_option,
+    artifact_argument,
+    html_option,
+    json_option,
+    memory_option,
+    out_argument,
+)
 
 if TYPE_CHECKING:
     from dllmc.compiler import CompileOptions
@@ -127,6 +135,7 @@ def compile_command(
     epilog="\b\nExamples:\n"
     "  dllmc inspect sudoku.dllmc\n"
     "  dllmc inspect sudoku.dllmc --html sudoku.html\n"
+    "  dllmc inspect sudoku.dllmc --memory memory.html\n"
     "  dllmc inspect sudoku.dllmc --graph --after pack-tokens\n"
     "  dllmc inspect sudoku.dllmc --json | jq .memory_bytes",
 )
@@ -136,6 +145,7 @@ def compile_command(
 @option("Graph", "--all-layers", is_flag=True, help="Show layers too that do what an earlier one does.")
 @option("Output", "--program", "show_program", is_flag=True, help="Add all instructions and the buffers' offsets.")
 @html_option("Write a page instead that shows the graph pass by pass; it needs no network. An older file is replaced.")
+@memory_option
 @json_option(
     "Print one JSON object: `artifact` (path), `schema`, `versions`, `model`, `options`, `programs` (each `name`, "
     "`instructions`, `buffers`, `maxima`, `arena_bytes`, `lower_bound_bytes`, and with --program the `program` as it "
@@ -151,11 +161,12 @@ def inspect(
     all_layers: bool,
     show_program: bool,
     html: Path | None,
+    memory: Path | None,
     as_json: bool,
 ) -> None:
     """Show the model, programs, passes and memory of an ARTIFACT, and what each pass did."""
     from dllmc.artifact import read
-    from dllmc.cli import page
+    from dllmc.cli import page, picture
     from dllmc.ir import graph_printer
     from dllmc.ir.printer import text_of
 
@@ -164,11 +175,13 @@ def inspect(
     if html is not None:
         with prompts.replacing(html) as stream:
             stream.write(page.render(opened, report.traced(opened)))
+    if memory is not None:
+        picture.write(opened, memory)
     if as_json:
         click.echo(prompts.json_line(report.document(opened, with_programs=show_program, graph=graph)))
         return
-    if html is not None:
-        click.echo(f"wrote {html}")
+    if html is not None or memory is not None:
+        report.echo(f"wrote {path}" for path in (html, memory) if path is not None)
         return
     report.echo((*report.model_lines(opened), *report.pass_lines(opened), *report.memory_lines(opened)))
     if graph is not None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,31 @@ def json_option(text: str) -> Callable[[F], F]:
 def html_option(text: str) -> Callable[[F], F]:
     """--html FILE."""
     return option("Output", "--html", type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
+def memory_option(command: F) -> F:
+    """--memory FILE, a page or an image by its name: refused at once if it is neither, or if nothing can draw it."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        suffix = "" if path is None else path.suffix.lower()
+        if path is not None and suffix not in (".html", ".png"):
+            raise click.BadParameter(f"{path} is neither a page nor an image; give a FILE.html or a FILE.png", context)
+        if suffix == ".png" and find_spec("matplotlib") is None:
+            raise click.ClickException(
+                f"{path}: images are drawn by matplotlib, which is not installed; "
+                "install it (`pip install matplotlib`, or dllmc with its extra `plot`), or give a FILE.html"
+            )
+        return path
+
+    return option(
+        "Output",
+        "--memory",
+        type=click.Path(path_type=Path),
+        callback=check,
+        metavar="FILE",
+        help="Draw where the memory of a step goes instead, before and after planning: FILE.html (it needs no network "
+        "and names what one points at) or FILE.png (it needs matplotlib). An older file is replaced.",
+    )(command)
 
 
 def sampling_options(command: F) -> F:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 
@@ -79,12 +80,19 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
     Raises `click.ClickException` where there can be no such file, before anything is written.
     """
+    with replacing_bytes(path) as stream, TextIOWrapper(stream, encoding="utf-8") as text:
+        yield text
+
+
+@contextmanager
+def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Write a file of bytes, likewise."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise click.ClickException(f"{path} exists and is no file; give the name of a file to write")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        stream = part.open("x", encoding="utf-8")
+        stream = part.open("xb")
     except OSError as error:
         reason = f"{error.strerror}; give a file in a folder that you can write to"
         raise click.ClickException(f"{path} cannot be written: {reason}") from error

@@ -88,9 +88,16 @@ def memory_lines(artifact: "Artifact") -> Iterator[str]:
         yield f"budget   {size(budget)}, of which {size(budget - memory['total'])} are left"
     for program in artifact.programs.values():
         yield f"buys     {capacity(artifact, program)}"
-        bound = program.lower_bound_bytes or 0
-        gap = "optimal" if program.arena_bytes == bound else f"at least {size(bound)} are live at once"
-        yield f"arena    {program.name}: {size(program.arena_bytes or 0)} for {len(program.buffers)} buffers, {gap}"
+        taken = f"{size(program.arena_bytes or 0)} for {len(program.buffers)} buffers"
+        yield f"arena    {program.name}: {taken}, {quality(program)}"
+
+
+def quality(program: "Program") -> str:
+    """How good a plan is: optimal, or how far above the lower bound, which is what is live at once."""
+    arena, bound = program.arena_bytes or 0, program.lower_bound_bytes or 0
+    if arena <= bound:
+        return "optimal"
+    return f"{size(arena - bound)} ({arena / max(bound, 1) - 1:.1%}) above the lower bound of {size(bound)}"
 
 
 def capacity(artifact: "Artifact", program: "Program") -> str:

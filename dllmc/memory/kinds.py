@@ -55,6 +55,9 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "dllmc.decode_head.default": (HEAD,),
 }
 _LINEAR = ("aten.linear.default", "aten.matmul.default")
+_ADD = "aten.add.Tensor"
+# These carry the residual stream on; whatever else is made of it is part of a norm.
+_CARRIES = (_ADD, "copy", "aten.cat.default", "aten.index_select.default")
 # What stands between a projection and its use is of the projection's kind; these are where one ends.
 _ENDS = (*_LINEAR, "aten.embedding.default", "dllmc.attention.default", "dllmc.decode_head.default")
 _OPERANDS = {0: QUERIES, 1: KEYS_VALUES, 2: KEYS_VALUES}  # of attention
@@ -89,7 +92,10 @@ def _kind(program: Program, writer: Instruction, number: int, by_use: str | None
     made_of = [found.get(base, OTHER) for base in _bases(writer.reads()) if base in program.buffers]
     if set(made_of) <= {POSITIONS}:
         return POSITIONS
-    return next(kind for kind in made_of if kind != POSITIONS)
+    if writer.op == _ADD and PROJECTION in made_of:
+        return RESIDUAL
+    first = next(kind for kind in made_of if kind != POSITIONS)
+    return NORM if first == RESIDUAL and writer.op not in _CARRIES else first
 
 
 def _taken_by_attention(instructions: list[Instruction]) -> dict[str, str]:

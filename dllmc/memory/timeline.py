@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dllmc.ir.program import Instruction, Program, aligned
+from dllmc.ir.program import CHUNK, ForRows, Instruction, Program, aligned
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
@@ -61,14 +61,14 @@ def layers(program: Program) -> list[Stretch]:
 
 
 def loops(program: Program) -> list[Stretch]:
-    """The stretches that run once a chunk of rows, named by what they run over."""
-    where = {id(loop): f"{program.maxima['chunk']} of {loop.extent}" for _, loop in program.calls() if loop is not None}
-    numbered = enumerate(program.calls())
-    spans: dict[int, tuple[int, int]] = {}
-    for index, (_, loop) in numbered:
-        if loop is not None:
-            spans[id(loop)] = spans.get(id(loop), (index, 0))[0], index + 1
-    return [Stretch(where[key], *span) for key, span in spans.items()]
+    """The stretches that run for one chunk of rows after another, named by how many rows of what."""
+    found, index = [], 0
+    for item in program.instructions:
+        length = len(item.body) if isinstance(item, ForRows) else 1
+        if isinstance(item, ForRows):
+            found.append(Stretch(f"{program.maxima[CHUNK]} of {item.extent}", index, index + length))
+        index += length
+    return found
 
 
 def _layer_of_each(program: Program) -> Iterator[str]:

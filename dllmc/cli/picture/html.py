@@ -1,4 +1,4 @@
-"""Pictures as one HTML file that needs nothing else: inline SVG, colours for light and dark pages, text where one points."""
+"""Pictures as one HTML file that needs nothing else: inline SVG, in colours for light pages or dark ones."""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,8 +10,10 @@ _STYLE = """
 :root { color-scheme: light dark; %(light)s }
 @media (prefers-color-scheme: dark) { :root { %(dark)s } }
 body { margin: 0 auto; padding: 16px; max-width: 1800px; background: var(--page); }
-svg { display: block; width: 100%%; height: auto; margin-bottom: 40px; font-family: system-ui, -apple-system, "Segoe UI",
-  Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
+svg {
+  display: block; width: 100%%; height: auto; margin-bottom: 40px; font-variant-numeric: tabular-nums;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "DejaVu Sans", sans-serif;
+}
 text { pointer-events: none; }
 path { fill: none; pointer-events: none; }
 .edge { stroke: var(--page); stroke-width: .8; }
@@ -33,7 +35,7 @@ def page(scenes: Sequence[Scene], title: str) -> str:
         (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">',
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
             *map(_svg, scenes),
             "</body>\n</html>\n",

@@ -10,13 +10,13 @@ from dllmc.memory.timeline import Placed, Stretch
 
 STRIP = 15  # height of a row of layers or loops
 _SMALL = 10.5
-_EDGED = 4  # pixels of an instruction from which on boxes have edges: narrower ones would be nothing but edge
+_EDGED = 4  # pixels from which on boxes have edges: smaller ones would be nothing but edge
 _ROWS = 3  # in which the names of instructions may stand
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Instructions `[first, last)` from `left` to `left + width`, bytes `[0, top]` from `bottom` up to `bottom - height`."""
+    """Instructions `[first, last)` across `width` pixels, bytes `[0, top]` up `height`, from a corner on."""
 
     left: float
     bottom: float
@@ -48,13 +48,16 @@ class Panel:
             scene.add(Text(self.left - 8, y + 4, size(count), 11, "soft", "end"))
         shown = self._shown(layers)
         for layer in shown[:: _every(shown, self.step)]:
-            scene.add(Path(((self.x(layer.start), self.bottom), (self.x(layer.start), self.bottom - self.height)), "line"))
+            scene.add(
+                Path(((self.x(layer.start), self.bottom), (self.x(layer.start), self.bottom - self.height)), "line")
+            )
 
     def box(self, buffer: Placed, offset: int, colour: str, about: str) -> Box:
         """A buffer at an offset for as long as it lives."""
         left, right = self.x(buffer.start), self.x(buffer.stop)
         top, bottom = self.y(offset + buffer.size_bytes), self.y(offset)
-        return Box(left, top, right - left, bottom - top, colour, about, edge=self.step > _EDGED)
+        edge = self.step > _EDGED and bottom - top > _EDGED
+        return Box(left, top, right - left, bottom - top, colour, about, edge)
 
     def levels(self, scene: Scene, *levels: tuple[int, str]) -> None:
         """Dashed lines at numbers of bytes, highest first, each named at the right; names keep clear of each other."""
@@ -67,7 +70,7 @@ class Panel:
             free = y + 34
 
     def layers(self, scene: Scene, offset: float, layers: Sequence[Stretch]) -> None:
-        """A row of layers below the panel, every other one shaded, with as many of their numbers as there is room for."""
+        """A row of layers below the panel, every other one shaded, with as many numbers as there is room for."""
         shown = self._shown(layers)
         every = _every(shown, self.step)
         for number, layer in enumerate(shown):
@@ -95,7 +98,7 @@ class Panel:
         y = self.bottom + offset + 11
         scene.add(Text(self.left - 8, y, "instruction", _SMALL, "soft", "end"))
         rows = math.ceil((max((text_width(name, _SMALL) for name in names), default=0.0) + 4) / self.step)
-        named = 0 < len(names) and rows <= _ROWS
+        named = bool(names) and rows <= _ROWS
         numbered = range(self.first, self.last) if named else round_steps(self.first, self.last, self.width / 90)
         for index in numbered:
             scene.add(Text(self.x(index + 0.5), y, str(index), _SMALL, "soft", "middle"))
@@ -120,7 +123,7 @@ class Panel:
 def _every(layers: Sequence[Stretch], step: float) -> int:
     """Of how many layers one is numbered, so that the numbers keep clear of each other."""
     narrowest = min((layer.stop - layer.start for layer in layers), default=1) * step
-    return next(n for e in range(12) for n in (10**e, 2 * 10**e, 5 * 10**e) if n * narrowest > 22)
+    return _round_up(22 / narrowest)
 
 
 def byte_ticks(top: int) -> range:
@@ -132,6 +135,14 @@ def byte_ticks(top: int) -> range:
 
 
 def round_steps(first: int, last: int, most: float) -> range:
-    """Multiples of 1, 2 or 5 times a power of ten from `first` on and below `last`, at most about `most` of them."""
-    step = next(m * 10**e for e in range(12) for m in (1, 2, 5) if (last - first) / (m * 10**e) <= most)
+    """Multiples of a round number from `first` on and below `last`, at most about `most` of them."""
+    step = _round_up((last - first) / most)
     return range(-(-first // step) * step, last, step)
+
+
+def _round_up(number: float) -> int:
+    """The next 1, 2 or 5 times a power of ten."""
+    power = 1
+    while 5 * power < number:
+        power *= 10
+    return next(factor * power for factor in (1, 2, 5) if factor * power >= number)

@@ -33,8 +33,6 @@ COLOURS: dict[str, tuple[str, str]] = {
 }
 
 
-
-
 def _readable_on(colour: str) -> str:
     """Black or white, whichever contrasts more with a colour (WCAG 2.1, relative luminance)."""
     channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))

@@ -1,13 +1,14 @@
-"""The picture of a planned program's memory: buffers on their own, bytes alive, the arena, and a layer of it enlarged."""
+"""The picture of a planned program's memory: buffers on their own, bytes alive, the arena, a layer of it enlarged."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllmc.cli.picture.panel import STRIP, Panel
 from dllmc.cli.picture.scene import ON, Box, Path, Scene, Text, text_width
+from dllmc.cli.report import quality
 from dllmc.ir.graph_printer import size
 from dllmc.ir.program import SYMBOLS, Instruction, Program
 from dllmc.memory.kinds import KINDS, kinds
@@ -70,16 +71,23 @@ class _Facts:
         """What is shown where one points at a buffer."""
         tensor = self.program.buffers[buffer.name]
         shape = ", ".join(map(str, tensor.shape))
-        writer = self.instructions[buffer.start]
+        index = next(
+            n for n, i in enumerate(self.instructions[buffer.start :], buffer.start) if _writes(i, buffer.name)
+        )
+        source = self.instructions[index].source
         return "\n".join(
             (
                 f"{buffer.name}: {self.kinds[buffer.name]}",
                 f"{tensor.dtype}[{shape}], {size(buffer.size_bytes)} at offset {buffer.offset}",
                 f"alive [{buffer.start}, {buffer.stop})",
-                f"from {self.where(buffer.start)}",
-                *([writer.source] if writer.source else []),
+                f"from {self.where(index)}",
+                *([source] if source else []),
             )
         )
+
+
+def _writes(instruction: Instruction, buffer: str) -> bool:
+    return buffer == instruction.workspace or any(view.base == buffer for view in instruction.outputs)
 
 
 def _header(scene: Scene, facts: _Facts, artifact: str) -> None:
@@ -88,22 +96,10 @@ def _header(scene: Scene, facts: _Facts, artifact: str) -> None:
     counts = f"{len(facts.buffers)} buffers, {len(facts.instructions)} instructions; steps of up to {limits}"
     title = f"{artifact}, program {program.name}: {size(facts.total)} of buffers in an arena of {size(facts.arena)}"
     scene.add(Text(24, 36, title, 21, bold=True))
-    scene.add(Text(24, 61, f"{judgement(program)}, first at {facts.where(facts.peak)}.", 13))
+    peak = f"Most is live at {facts.where(facts.peak)}: {size(int(facts.all_live[facts.peak]))}"
+    scene.add(Text(24, 61, f"The arena is {quality(program)}. {peak}.", 13))
     scene.add(Text(24, 81, counts, 13, "soft"))
     scene.height = 98
-
-
-def judgement(program: Program) -> str:
-    """How good a plan is: as small as can be, or by how much larger."""
-    arena, bound = program.arena_bytes or 0, program.lower_bound_bytes or 0
-    if arena <= bound:
-        return f"The arena is as small as can be: {size(bound)} are live at once"
-    return f"The arena is {gap(arena, bound)} above the lower bound: {size(bound)} are live at once"
-
-
-def gap(arena: int, bound: int) -> str:
-    """`1 MiB (4.2 %)`."""
-    return f"{size(arena - bound)} ({(arena - bound) / bound:.1%})"
 
 
 def _legend(scene: Scene, facts: _Facts) -> None:
@@ -113,7 +109,7 @@ def _legend(scene: Scene, facts: _Facts) -> None:
     for number, kind in enumerate(shown):
         row, column = divmod(number, _COLUMNS)
         x, y = 150 + column * (WIDTH - 150) / _COLUMNS, scene.height + 15 + 22 * row
-        text = f"{kind}  {size(int(facts.live[kind][facts.peak]))}"
+        text = f"{kind} {size(int(facts.live[kind][facts.peak]))}"
         scene.add(Box(x, y - 11, 13, 13, kind), Text(x + 19, y, text, 12))
     scene.height += 22 * -(-len(shown) // _COLUMNS)
 
@@ -147,7 +143,8 @@ def _live(scene: Scene, facts: _Facts) -> None:
             above = below + facts.live[kind]
             scene.add(Path((*_steps(panel, above), *reversed(list(_steps(panel, below)))), kind, filled=True))
             below = above
-    panel.levels(scene, *_levels(facts))
+    bound = (facts.bound, "arena = lower bound" if facts.arena <= facts.bound else "lower bound")
+    panel.levels(scene, *([(facts.arena, "arena")] if facts.arena > facts.bound else []), bound)
     _below(scene, facts, panel)
 
 
@@ -159,7 +156,7 @@ def _arena(scene: Scene, facts: _Facts, part: Stretch, height: float, text: str)
         scene.add(panel.box(buffer, buffer.offset, facts.kinds[buffer.name], facts.about[buffer.name]))
     for buffer in shown:
         _label(scene, facts, panel, buffer)
-    panel.levels(scene, *_levels(facts))
+    panel.levels(scene, (facts.arena, "arena"))
     _below(scene, facts, panel, [short(i.op) for i in facts.instructions[part.start : part.stop]])
 
 
@@ -168,26 +165,21 @@ def _label(scene: Scene, facts: _Facts, panel: Panel, buffer: Placed) -> None:
     left, right = panel.x(buffer.start), panel.x(buffer.stop)
     top, bottom = panel.y(buffer.offset + buffer.size_bytes), panel.y(buffer.offset)
     kind, bytes_ = facts.kinds[buffer.name], size(buffer.size_bytes)
-    lines = [buffer.name.removeprefix("%"), f"{kind}, {bytes_}"]
-    fitting = [line for line in lines if text_width(line, _LABEL) < right - left - 4]
-    if len(fitting) < 2 and text_width(bytes_, _LABEL) < right - left - 4:
-        fitting = [*fitting[:1], bytes_] if lines[0] in fitting else [bytes_]
-    fitting = fitting[: int((bottom - top) / (1.35 * _LABEL))]
-    y = (top + bottom) / 2 - 0.65 * _LABEL * (len(fitting) - 1) + 0.35 * _LABEL
-    for number, line in enumerate(fitting):
+
+    def first_that_fits(*texts: str) -> list[str]:
+        return [text for text in texts if text_width(text, _LABEL) < right - left - 4][:1]
+
+    lines = [*first_that_fits(buffer.name.removeprefix("%")), *first_that_fits(f"{kind}, {bytes_}", bytes_)]
+    del lines[int((bottom - top) / (1.35 * _LABEL)) :]
+    y = (top + bottom) / 2 - 0.65 * _LABEL * (len(lines) - 1) + 0.35 * _LABEL
+    for number, line in enumerate(lines):
         scene.add(Text((left + right) / 2, y + 1.3 * _LABEL * number, line, _LABEL, ON[kind], "middle"))
-
-
-def _levels(facts: _Facts) -> Sequence[tuple[int, str]]:
-    if facts.arena <= facts.bound:
-        return ((facts.arena, "arena = lower bound"),)
-    return (facts.arena, "arena"), (facts.bound, "lower bound")
 
 
 def _steps(panel: Panel, counts: NDArray[np.int64]) -> Iterator[tuple[float, float]]:
     """The corners of a curve that changes between instructions only."""
     ends = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         y = panel.y(int(counts[start]))
         yield panel.x(start), y
         yield panel.x(stop), y
