@@ -108,9 +108,9 @@ def test_norms_and_sums_of_single_operators() -> None:
 
 
 def test_a_buffer_that_is_written_in_parts_is_what_its_first_part_is() -> None:
-    """As where one operator writes keys into a buffer and another one values."""
-    both = made((LINEAR, ["x", "w1"], ["kv"]), ("aten.cos.default", ["x"], ["kv"]), (ATTENTION, ["kv", "kv"], ["out"]))
-    assert kinds(both)["kv"] == "fused q, k and v"
+    """As the rows of a projection, which the head may overwrite."""
+    parts = made((LINEAR, ["x", "w1"], ["a"]), ("dllmc.guide_rows.default", ["x"], ["a"]))
+    assert kinds(parts)["a"] == "output projections"
 
 
 def test_operands_in_a_list_count() -> None:
