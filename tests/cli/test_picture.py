@@ -77,22 +77,27 @@ class Parsed(HTMLParser):
 
 
 def layered(count: int) -> Program:
-    """A planned program of `count` layers with six instructions each, between an embedding and a head."""
-    names = ["wte", *(f"model.layers.{n}.{part}" for n in range(count) for part in "abc"), "head"]
-    calls: list[tuple[list[str], list[str]]] = [(["wte"], ["%stream"])]
+    """A planned program of `count` feed-forward layers with four instructions each, between an embedding and a head."""
     buffers = {"%stream": tensor(TOKENS, 64)}
+    calls: list[tuple[list[str], list[str]]] = [(["wte"], ["%stream"])]
+    operators = ["aten.embedding.default"]
     stream = "%stream"
     for n in range(count):
-        made = {f"%{part}_{n}": tensor(TOKENS, width) for part, width in (("q", 64), ("up", 256), ("down", 64))}
-        q, up, down = made
-        added = f"%stream_{n}"
-        buffers |= made | {added: tensor(TOKENS, 64)}
-        calls += [([stream, f"model.layers.{n}.a"], [q]), ([q, f"model.layers.{n}.b"], [up])]
-        calls += [([up, f"model.layers.{n}.c"], [down]), ([stream, down], [added])]
+        up, hidden, down, added = (f"%{part}_{n}" for part in ("up", "hidden", "down", "stream"))
+        buffers |= {up: tensor(TOKENS, 256), hidden: tensor(TOKENS, 256)}
+        buffers |= {down: tensor(TOKENS, 64), added: tensor(TOKENS, 64)}
+        calls += [([stream, f"model.layers.{n}.up"], [up]), ([up], [hidden])]
+        calls += [([hidden, f"model.layers.{n}.down"], [down]), ([stream, down], [added])]
+        operators += ["aten.linear.default", "aten.gelu.default", "aten.linear.default", "aten.add.Tensor"]
         stream = added
-    calls.append(([stream, "head"], ["%out"]))
+    calls.append(([stream, "head"], ["%token"]))
+    names = ["wte", *(f"model.layers.{n}.{part}" for n in range(count) for part in ("up", "down")), "head"]
     weights = {name: tensor(4) for name in names}
-    return planned(program({**buffers, "%out": tensor(TOKENS)}, calls, ["%out"], weights=weights))
+    plain = program({**buffers, "%token": tensor(TOKENS)}, calls, ["%token"], weights=weights)
+    named = zip(
+        (instruction for instruction, _ in plain.calls()), (*operators, "dllmc.decode_head.default"), strict=True
+    )
+    return planned(replace(plain, instructions=tuple(replace(instruction, op=op) for instruction, op in named)))
 
 
 def with_gap() -> Program:
@@ -182,7 +187,7 @@ def test_live_bytes_are_drawn_kind_upon_kind() -> None:
     step = layered(3)
     scene = layout.figure(step, "x")
     areas = [m for m in scene.marks if isinstance(m, Line) and m.filled and m.colour in KINDS]
-    assert {area.colour for area in areas} == set(kinds(step).values())
+    assert {area.colour for area in areas} == {"residual stream", "feed-forward", "output projections", "head"}
     [plot] = plots(scene)[1:2]
     for index in range(len(step.instructions)):
         x = plot.x + plot.width * (index + 0.5) / len(step.instructions)
@@ -191,8 +196,10 @@ def test_live_bytes_are_drawn_kind_upon_kind() -> None:
             for b in step.buffers.values()
             if b.lifetime and b.lifetime[0] <= index < b.lifetime[1]
         )
-        drawn = sum(height_at(area, x) for area in areas)
-        assert drawn == pytest.approx(plot.height * live / (step.arena_bytes or 1))
+        height = plot.height * live / (step.arena_bytes or 1)
+        spans = [span_at(area, x) for area in areas]
+        assert sum(low - high for high, low in spans) == pytest.approx(height)
+        assert min(high for high, _ in spans) == pytest.approx(plot.y + plot.height - height)
 
 
 def plots(scene: Scene) -> list[Box]:
@@ -200,11 +207,11 @@ def plots(scene: Scene) -> list[Box]:
     return [mark for mark in scene.marks if isinstance(mark, Box) and mark.colour == "plot"]
 
 
-def height_at(area: Line, x: float) -> float:
-    """How high an area is over an x that is none of its corners'."""
+def span_at(area: Line, x: float) -> tuple[float, float]:
+    """The upper and the lower edge of an area over an x that is none of its corners'."""
     ends = zip(area.points, (*area.points[1:], area.points[0]), strict=True)
     crossed = [a[1] for a, b in ends if min(a[0], b[0]) < x < max(a[0], b[0])]
-    return max(crossed) - min(crossed)
+    return min(crossed), max(crossed)
 
 
 def test_an_arena_above_the_bound_shows_the_gap(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def image(scenes: Sequence[Scene]) -> bytes:
             _DRAW[kind](axes, marks, order)
         top += scene.height
     file = BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(file)
     return file.getvalue()
 
 
