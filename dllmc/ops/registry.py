@@ -55,6 +55,8 @@ OPERATORS: dict[str, Operator] = {
         )
         for name, bind in elementwise.BINDERS.items()
     },
+    # copied to the output before the mask is read
+    "aten.masked_fill.Scalar": Operator(elementwise.BINDERS["aten.masked_fill.Scalar"], in_place=(0,)),
 }
 
 

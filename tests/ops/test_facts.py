@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from dllmc.ops import facts
 from dllmc.ops.facts import is_row_wise
-from dllmc.spec import MAX_SUPPRESS_TOKENS
 
 aten = torch.ops.aten
 dllmc = torch.ops.dllmc
@@ -318,23 +317,23 @@ def gathered(draw: Draw) -> list[Any]:
 
 @st.composite
 def attended(draw: Draw) -> list[Any]:
-    """TOKENS queries among other keys, or among as many."""
-    queries, keys, heads = draw(st.sampled_from(((TOKENS, 3, 2), (TOKENS, TOKENS, 1))))
-    q, k, v = (filled((n, heads, 4), seed) for seed, n in enumerate((queries, keys, keys)))
-    args = [q, k, v, torch.tensor([[0, queries]]), torch.tensor([[0, keys]]), 0.5]
-    return args + [None, 0][: draw(st.integers(0, 2))]
+    """Rows among the queries alone, among the tokens alone or too, or within a head."""
+    rows = draw(st.sampled_from(("queries", "tokens", "both", "within")))
+    queries, tokens = (TOKENS if rows in (of, "both") else 3 for of in ("queries", "tokens"))
+    width = TOKENS if rows == "within" else 4
+    q, k, v = (filled((n, heads, width), seed) for n, heads, seed in ((queries, 2, 0), (tokens, 1, 1), (tokens, 1, 2)))
+    spans, segments = torch.tensor([[0, queries - 1]]), torch.tensor([[0, tokens]])
+    return [q, k, v, spans, segments, 0.7, *draw(st.sampled_from(((), (None,), (None, 0))))]
 
 
 @st.composite
 def decoded(draw: Draw) -> list[Any]:
-    """TOKENS rows, or as many tokens to choose from, in two segments."""
-    rows, vocab = draw(st.sampled_from(((TOKENS, 4), (3, TOKENS))))
-    segment, position, target = (torch.arange(rows) % 2, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
-    floats = torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.zeros(2, dtype=torch.int64)
-    seeds = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    suppressed = torch.full((2, MAX_SUPPRESS_TOKENS), -1)
-    hidden, weight = filled((rows, 8)).float(), filled((vocab, 8), 1).float()
-    return [hidden, weight, None, 1.0, segment, position, target, *floats, *seeds, suppressed]
+    """Rows that are decoded; or a vocabulary as large, or a hidden state as wide."""
+    rows, vocab, width = draw(st.permutations((TOKENS, 3, 5)))
+    none = torch.zeros(1, dtype=torch.int64)
+    of_rows = [torch.zeros(rows, dtype=torch.int64), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)]
+    sampling = [none.float(), none, none.float() + 1, none, none, none, none[None] - 1]
+    return [filled((rows, width)).float(), filled((vocab, width), 1).float() - 1, None, 1.5, *of_rows, *sampling]
 
 
 POINTWISE: dict[str, Callable[[], st.SearchStrategy[list[Any]]]] = {
@@ -390,9 +389,9 @@ CALLS: dict[Any, st.SearchStrategy[list[Any]]] = {
     dllmc.add_layer_norm.default: normed(2),
     dllmc.add_rms_norm.default: normed(2),
     dllmc.rms_norm.default: normed(1),
-    dllmc.rope.default: rotated(),
     dllmc.attention.default: attended(),
     dllmc.decode_head.default: decoded(),
+    dllmc.rope.default: rotated(),
 }
 
 

@@ -17,7 +17,6 @@ from dllmc.passes import pipeline, verify
 from dllmc.passes.base import Pass, PassResult
 from dllmc.passes.fuse_head import FuseHead
 from dllmc.passes.lower import Lower
-from dllmc.passes.plan_memory import PlanMemory
 from dllmc.passes.select_logit_rows import SelectLogitRows
 from dllmc.passes.verify import NumericCheck, random_inputs
 from tests.graphs import captured
@@ -277,7 +276,7 @@ class SwapsLater(Pass):
     ("passes", "blamed"),
     [
         ((*until("fuse-glu"), WrongOperands(), *until("plan-memory")[-1:]), "plan-memory"),
-        ((*until("lower"), PlanMemory(), SwapsLater()), "swaps-later"),
+        ((*until("lower"), *until("plan-memory")[-1:], SwapsLater()), "swaps-later"),
     ],
     ids=("before it is planned", "after"),
 )
