@@ -1,20 +1,17 @@
 """Work on tokens and rows goes a chunk at a time, so that wide activations exist for a chunk only."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
-import torch
 from torch import fx
 
 from dllmc.ir.program import CHUNK, Affine
 from dllmc.ir.step_graph import Loop, StepGraph
 from dllmc.passes.base import Pass, PassResult
+from dllmc.passes.narrowing import copy_call, gather_early, split_projections
 from dllmc.passes.row_flow import RowFlow, ancestors, is_product
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,8 @@ class ChunkActivations(Pass):
     what has the fewest bytes a row: in a transformer the residual stream. A loop makes keys and values of it, and
     another all the rest up to the residual stream behind the layer. Both compute the norm; no product is made twice.
     So what lives all through a layer is the residual stream, its keys and its values.
+    Case 1: slices of one projection of which some are read whole become projections by slices of its weight.
+    Case 2: rows are gathered of what is kept anyway, and what lies between is computed on them.
     """
 
     name = "chunk-activations"
@@ -34,72 +33,11 @@ class ChunkActivations(Pass):
     def run(self, step: StepGraph) -> PassResult:
         if not self.chunk:
             return PassResult(False)
-        moved = _gather_early(step)
+        split = split_projections(step)
+        moved = gather_early(step)
         loops = _Schedule(step).run()
         step.maxima[CHUNK] = self.chunk
-        return PassResult(True, {"loops": loops, "gathers_moved": moved})
-
-
-def _gather_early(step: StepGraph) -> int:
-    """Gather rows where the fewest bytes pass; what lies between there and the gathers is computed on the rows.
-
-    So of a residual stream and its norm, the first alone is kept for the rows.
-    """
-    flow = RowFlow(step)
-    gathers: dict[Any, list[fx.Node]] = defaultdict(list)
-    for gather in step.calls(aten.index_select.default):
-        if flow.whole(gather):
-            gathers[gather.args[2]].append(gather)
-    moved = 0
-    for index, group in gathers.items():
-        sinks: list[Any] = [gather.args[0] for gather in group]
-        kept = flow.narrowest(sinks, {node for node in step.calls() if _stays(node, flow)})
-        if kept == set(sinks):
-            continue
-        on_rows: dict[fx.Node, fx.Node] = {}
-        for gather, sink in zip(group, sinks, strict=True):
-            with step.graph.inserting_before(gather):
-                _compute_on_rows(step, flow, sink, kept, index, on_rows)
-            gather.replace_all_uses_with(on_rows[sink])
-            moved += 1
-    if moved:
-        step.graph.eliminate_dead_code()
-        step.propagate()
-    return moved
-
-
-def _stays(node: fx.Node, flow: RowFlow) -> bool:
-    """Whether a call cannot, or should not, be made again on some of its rows."""
-    sizes = any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
-    return sizes or is_product(node) or bool(flow.whole(node))
-
-
-def _compute_on_rows(
-    step: StepGraph,
-    flow: RowFlow,
-    sink: fx.Node,
-    kept: Collection[fx.Node],
-    index: fx.Node,
-    made: dict[fx.Node, fx.Node],
-) -> None:
-    extent = flow.extent(sink)
-    assert extent is not None
-    needed = list(ancestors([sink], flow, kept))
-    for node in sorted({sink, *needed, *(n for user in needed for n in flow.by_rows(user))}):
-        if node in made:
-            continue
-        if node in kept:
-            made[node] = step.call(aten.index_select.default, node, flow.axis(node, extent), index, origin=sink)
-        else:
-            made[node] = _copy(step, node, node.args, node.kwargs, made)
-
-
-def _copy(step: StepGraph, node: fx.Node, args: Any, kwargs: Any, places: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The call once more, reading what it read from `places`."""
-    args, kwargs = fx.map_arg((args, kwargs), lambda n: places.get(n, n))
-    copy = step.call(node.target, *args, origin=node)
-    copy.kwargs = kwargs
-    return copy
+        return PassResult(True, {"loops": loops, "gathers_moved": moved, "projections_split": split})
 
 
 class _Schedule:
@@ -184,7 +122,7 @@ class _Schedule:
         args, kwargs = self.calls[node]
         if node in self.placed:
             with self.step.graph.inserting_before(output):
-                node = _copy(self.step, node, args, kwargs, places)
+                node = copy_call(self.step, node, args, kwargs, places)
         else:
             self.placed.add(node)
             output.prepend(node)
