@@ -195,6 +195,8 @@ def _check_symbols(affines: Iterable[Affine], known: Sequence[str], where: str) 
 def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None = None) -> None:
     """A view's elements lie in its tensor, for every size of a step and every iteration of the loop it is in."""
     tensor, sizes = program.tensor(view.base), program.maxima
+    if loop is not None:
+        sizes = {**sizes, START: loop.extent.at(sizes)}
     described = f"{where}: a view of {view.base!r} (shape {_text(view.shape)}, strides {_text(view.strides)})"
     _check_symbols(
         (*view.shape, *view.strides, view.offset), SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), described

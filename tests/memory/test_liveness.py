@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 
-from dllmc.ir.program import Program
+from dllmc.ir.program import ForRows, Program
 from dllmc.memory.liveness import lifetimes
+from tests.loops import looping
 from tests.programs import program, programs, tensor
 
 A, B, C = (tensor(size) for size in (4, 5, 6))
@@ -58,3 +59,27 @@ def test_a_lifetime_is_every_instruction_between_two_uses(random: Program) -> No
         if alive := [i for i in now if by_now[i] and later[i]]:
             expected[name] = alive
     assert {name: list(range(*span)) for name, span in lifetimes(random).items()} == expected
+
+
+@settings(deadline=None, derandomize=True)
+@given(looping())
+def test_a_lifetime_in_a_loop_is_that_of_its_iterations(random: Program) -> None:
+    """Judged by two iterations of each loop: from the first use of a buffer to its last, of a chunk in either."""
+    calls: list[tuple[int, bool, set[str]]] = []  # number, whether it is a second iteration, what it uses
+    index = 0
+    for item in random.instructions:
+        body = item.body if isinstance(item, ForRows) else (item,)
+        used = [{v.base for v in (*i.reads(), *i.outputs)} | ({i.workspace} - {None}) for i in body]
+        for again in (False, True) if isinstance(item, ForRows) else (False,):
+            calls += [(index + i, again, names) for i, names in enumerate(used)]
+        index += len(body)
+    returned = {view.base for view in random.outputs.values()}
+    expected = {}
+    for name in random.buffers:
+        once = random.is_chunk(name) or name.endswith("work")
+        at = [i for i, (_, again, names) in enumerate(calls) if name in names and not (once and again)]
+        if at:
+            behind = len(calls) if name in returned else at[-1] + 1
+            alive = {number for number, _, _ in calls[at[0] : behind]}
+            expected[name] = (min(alive), max(alive) + 1)
+    assert lifetimes(random) == expected
