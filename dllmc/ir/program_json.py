@@ -165,7 +165,7 @@ def _item_from(data: Any, buffers: Tensors, tensors: Tensors, where: str) -> Ins
         return _instruction_from(data, buffers, tensors, where)
     entry = _fields(data, where, {"for_rows", "body"})
     extent = _affine_from(entry["for_rows"], f"{where}.for_rows")
-    ok = not {START, CHUNK} & dict(extent.terms).keys()
+    ok = bool(extent.terms) and not {START, CHUNK} & dict(extent.terms).keys()
     _require(ok, f"{where}.for_rows", f"a size in {', '.join(SYMBOLS)}", entry["for_rows"])
     body = _typed(entry["body"], list, f"{where}.body")
     return ForRows(

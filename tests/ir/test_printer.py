@@ -3,7 +3,8 @@
 import math
 
 from dllmc.ir.printer import text_of
-from dllmc.ir.program import Affine, DType, Instruction, Program, Tensor, View
+from dllmc.ir.program import Affine, DType, ForRows, Instruction, Program, Tensor, View
+from tests.loops import CHUNK, START, rows_of
 from tests.programs import MAXIMA, TOKENS, shape, tensor, whole
 
 
@@ -36,4 +37,27 @@ def test_the_text_of_a_program() -> None:
         "op([%h[2, tokens, 2; strides 2, 4, 1; from 0], [%h[2, 4]]], int32, True, -inf), workspace %unplanned",
         "  return row = %h[4; strides 1; from 4*tokens - 4]",
         "  return all = %h",
+    ]
+
+
+def test_the_text_of_a_loop() -> None:
+    """Its rows above its calls, which stand in, and are numbered on from those before."""
+    ids, chunk = tensor(TOKENS, 2), tensor(CHUNK, 2)
+    rows, all_rows = rows_of("ids", ids, TOKENS), whole("ids", ids)
+    body = (
+        Instruction("copy", (rows,), (whole("%c", chunk),)),
+        Instruction("op", (whole("%c", chunk), all_rows, START), (rows,)),
+    )
+    outside = Instruction("op", (all_rows,), ())
+    items = (outside, ForRows(TOKENS, body), outside)
+    program = Program("dense", {**MAXIMA, "chunk": 4}, {"ids": ids}, {}, {"%c": chunk}, items, {})
+    assert text_of(program).splitlines() == [
+        "program dense",
+        "  input ids: float32[tokens, 2]",
+        "  buffer %c: float32[chunk, 2]",
+        "     0   = op(ids)",
+        "        for 4 rows of tokens:",
+        "     1    %c = copy(ids[chunk, 2; strides 2, 1; from 2*start])",
+        "     2    ids[chunk, 2; strides 2, 1; from 2*start] = op(%c, ids, start)",
+        "     3   = op(ids)",
     ]

@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import Affine, DType, Instruction, Program, Tensor, View
+from dllmc.ir.program import Affine, DType, ForRows, Instruction, Program, Tensor, View
 from dllmc.ir.program_json import from_json, to_json
+from tests.loops import CHUNK, START, looping, rows_of
 from tests.programs import MAXIMA, TOKENS, planned, programs, shape, tensor, whole
 
 FILE = "programs/dense.json"
@@ -89,6 +91,70 @@ def test_any_program_reads_back_equal(program: Program, plan: bool) -> None:
     assert again == program
     assert repr(again) == repr(program)
     assert json.dumps(to_json(again)) == text
+
+
+def looped_program() -> Program:
+    """A call in a loop, on rows of its own and on how many are before them."""
+    ids, b = tensor(TOKENS, dtype="int64"), tensor(CHUNK, 2, offset=64)
+    call = Instruction("op", (rows_of("ids", ids, TOKENS), START), (whole("%b", b),))
+    return Program("dense", {**MAXIMA, "chunk": 4}, {"ids": ids}, {}, {"%b": b}, (ForRows(TOKENS, (call,)),), {}, 256)
+
+
+def looped_document() -> Any:
+    return json.loads(json.dumps(to_json(looped_program())))
+
+
+def test_the_document_of_a_loop() -> None:
+    """Its extent and its calls; chunk and start are sizes like others, and the rows of an iteration are a maximum."""
+    loop = {
+        "for_rows": {"tokens": 1},
+        "body": [
+            {
+                "op": "op",
+                "inputs": [
+                    {"view": "ids", "shape": [{"chunk": 1}], "strides": [1], "offset": {"start": 1}},
+                    {"size": {"start": 1}},
+                ],
+                "outputs": [{"view": "%b"}],
+                "workspace": None,
+                "source": "",
+            }
+        ],
+    }
+    assert looped_document()["instructions"] == [loop]
+    assert looped_document()["maxima"] == {**MAXIMA, "chunk": 4}
+    assert from_json(looped_document(), FILE) == looped_program()
+
+
+@settings(deadline=None, derandomize=True)
+@given(looping(), st.booleans())
+def test_any_program_of_loops_reads_back_equal(program: Program, plan: bool) -> None:
+    assume(any(isinstance(item, ForRows) for item in program.instructions))
+    program = planned(program) if plan else program
+    again = from_json(json.loads(json.dumps(to_json(program), allow_nan=False)), FILE)
+    assert repr(again) == repr(program)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (("maxima",), MAXIMA, "maxima"),
+        *[(("maxima", "chunk"), bad, "maxima.chunk") for bad in (0, -1, None, 1.0)],
+        *[(("instructions", 0, "for_rows"), bad, "instructions[0].for_rows") for bad in (None, 5, "tokens", {"x": 1})],
+        *[(("instructions", 0, "for_rows"), {size: 1}, "instructions[0].for_rows") for size in ("chunk", "start")],
+        *[(("instructions", 0, "body"), bad, "instructions[0].body") for bad in (None, {}, "op")],
+        (("instructions", 0, "body", 0), {"for_rows": {"tokens": 1}, "body": []}, "instructions[0].body[0]"),
+        (("instructions", 0, "body", 0, "op"), None, "instructions[0].body[0].op"),
+        (("instructions", 0, "body", 0, "inputs", 1, "size"), "start", "instructions[0].body[0].inputs[1].size"),
+        (("instructions", 0), {**looped_document()["instructions"][0], "step": 2}, "instructions[0]"),
+    ],
+)
+def test_a_malformed_loop_is_refused(path: tuple[str | int, ...], value: Any, field: str) -> None:
+    """A loop is over a size of the step, holds calls alone, and has a maximum of rows."""
+    changed = looped_document()
+    put(changed, path, value)
+    with pytest.raises(ProgramError, match=f"^{re.escape(f'{FILE}: {field}')}: expected "):
+        from_json(changed, FILE)
 
 
 INSTRUCTION = ("instructions", 0)
