@@ -1,7 +1,8 @@
 """How long compiling takes, and in how much memory: a module of LLaDA-8B's shape on the meta device, without weights.
 
 Capture and all passes run, at several depths, each in a process of its own; the growth with depth is given as seconds
-a layer between neighbouring depths, which is constant where the time is linear in layers.
+a layer between neighbouring depths, which is constant where the time is linear in layers. The plans, of a step on all
+rows at once and of one in chunks, are compared with their lower bound.
 
 python -m benchmarks.compile_time
 """
@@ -56,6 +57,10 @@ def measure(layers: int) -> dict[str, Any]:
         log = pipeline.run(step, options.pipeline)
         ended = time.perf_counter()
     assert step.program is not None
+    chunked = capture(model, spec, options.maxima)
+    passes = options.passes.replace("chunk-activations", "chunk-activations{chunk=256}")
+    chunk_log = pipeline.run(chunked, pipeline.parse(passes))
+    assert chunked.program is not None
     return {
         "layers": layers,
         "seconds": ended - began,
@@ -65,11 +70,18 @@ def measure(layers: int) -> dict[str, Any]:
         "instructions": len(list(step.program.calls())),
         "arena_bytes": step.program.arena_bytes,
         "lower_bound_bytes": step.program.lower_bound_bytes,
+        "plan_seconds": log[-1].seconds,
+        "chunked": {
+            "instructions": len(list(chunked.program.calls())),
+            "arena_bytes": chunked.program.arena_bytes,
+            "lower_bound_bytes": chunked.program.lower_bound_bytes,
+            "plan_seconds": chunk_log[-1].seconds,
+        },
     }
 
 
 @click.command()
-@click.option("--layers", "depths", multiple=True, type=int, default=(8, 16, 32, 64), show_default=True)
+@click.option("--layers", "depths", multiple=True, type=int, default=(1, 8, 16, 32, 64, 80), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS / "compile_time.json")
 @click.option("--alone", is_flag=True, help="Measure one depth in this process, and print the record as JSON.")
 def main(depths: tuple[int, ...], out: Path, alone: bool) -> None:
@@ -95,6 +107,8 @@ def main(depths: tuple[int, ...], out: Path, alone: bool) -> None:
             "s a layer": "" if r["seconds_a_layer"] is None else f"{r['seconds_a_layer']:.2f}",
             "peak GiB": f"{r['peak_bytes'] / 2**30:.2f}",
             "instructions": r["instructions"],
+            "planning s": f"{r['plan_seconds']:.2f}, {r['chunked']['plan_seconds']:.2f}",
+            "of bound": ", ".join(f"{p['arena_bytes'] / p['lower_bound_bytes']:.3f}" for p in (r, r["chunked"])),
         }
         for r in records
     ]

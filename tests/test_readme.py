@@ -103,7 +103,7 @@ def compile_times() -> list[str]:
     records = json.loads((ROOT / "benchmarks" / "results" / "compile_time.json").read_text())["records"]
     return [
         f"| {r['layers']} | {r['seconds']:.1f} s | {r['capture_seconds']:.1f} s | {r['peak_bytes'] / 2**30:.2f} GiB | "
-        f"{r['instructions']} | {r['arena_bytes'] / 2**20:.0f} MiB |"
+        f"{r['instructions']} | {r['arena_bytes'] / 2**20:.0f} MiB | {r['plan_seconds']:.2f} s |"
         for r in records
     ]
 
