@@ -119,9 +119,32 @@ def fused() -> list[str]:
     return [f"| `{op}` | {cells[op, 'float32']} | {cells[op, 'bfloat16']} |" for op in names]
 
 
+def contexts() -> list[str]:
+    """A row for each model and decoder in the results of benchmarks/max_context.py, from the plan."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "max_context.json").read_text())["planned"]["results"]
+    return [
+        f"| {r['model']} | {r['decoder']} | {r['tokens']:,} | {r['bytes_a_token'] / 2**10:.1f} | {r['of_bound']:.1%} | "
+        f"{r['dllmc_has_times']:.1f}x |"
+        for r in records
+    ]
+
+
+def planned() -> list[str]:
+    """A row for each instance in the results of benchmarks/minimalloc.py."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "minimalloc.json").read_text())["results"]
+    assert all(r["solved"] for r in records)
+    return [
+        f"| {r['instance'].partition('.')[0]} | {r['buffers']} | {r['height'] / r['capacity']:.4f} | "
+        f"{r['lower_bound'] / r['capacity']:.4f} | {r['seconds']:.2f} |"
+        for r in records
+    ]
+
+
 def test_figures_are_the_benchmarks() -> None:
     """The tables have the rows that the results have, and no others."""
     assert table("First figures") == figures()
     assert table("What compiling takes") == compile_times()
     assert table("What fusing saves") == fused()
+    assert table("How long a sequence fits") == contexts()
+    assert table("How good the plans are") == planned()
     assert table("Bundled checkpoints") == checkpoints()
