@@ -143,7 +143,8 @@ def _fake_window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
     """Resolve a call over fixed memory."""
     q, k, v, spans, segments, scale, *rest = args
-    window, first = (*rest, None, 0)[:2] if len(rest) < 2 else rest
+    window = rest[0] if rest else None
+    first = rest[1] if len(rest) > 1 else 0
     return lambda: attention_out(q, k, v, spans, segments, scale, outs[0], window, first)
 
 
