@@ -47,8 +47,10 @@ def rows_of(name: str, described: Tensor, extent: Affine) -> View:
 
 
 @st.composite
-def of_rows(draw: st.DrawFn, rows: Affine) -> Tensor:
-    """Rows of some width, maybe with heads outside of them."""
+def of_rows(draw: st.DrawFn, rows: Affine, alike: bool) -> Tensor:
+    """Rows of some width, maybe with heads outside of them; of few widths, where tensors are to be alike."""
+    if alike:
+        return tensor(rows, draw(st.sampled_from((4, 4, 8))))
     dims: list[int | Affine] = [rows, draw(st.integers(1, 6))]
     if draw(st.integers(0, 3)) == 0:
         dims.insert(0, draw(st.integers(1, 3)))
@@ -76,8 +78,8 @@ def orders(draw: st.DrawFn, view: View) -> View:
 class _Writer:
     """The state of a program that is being drawn."""
 
-    def __init__(self, draw: st.DrawFn) -> None:
-        self.draw = draw
+    def __init__(self, draw: st.DrawFn, alike: bool) -> None:
+        self.draw, self.alike = draw, alike
         self.inputs = {f"in{i}": tensor(extent, 3) for i, extent in enumerate(EXTENTS)}
         self.buffers: dict[str, Tensor] = {}
         self.chunks: set[str] = set()
@@ -87,9 +89,9 @@ class _Writer:
         """A call outside of loops."""
         extent = self.draw(st.sampled_from((*EXTENTS, Affine(4))))
         reads = self._some(sorted(self._whole()))
-        operands = [self.draw(parts(whole(name, self._whole()[name]))) for name in reads]
-        name = self._new(self.draw(of_rows(extent)))
-        return self._call(operands, [self.draw(orders(whole(name, self.buffers[name])))])
+        operands = [self._part(whole(name, self._whole()[name])) for name in reads]
+        name = self._new(self.draw(of_rows(extent, self.alike)))
+        return self._call(operands, [self._ordered(whole(name, self.buffers[name]))])
 
     def loop(self) -> ForRows:
         extent = self.draw(st.sampled_from(EXTENTS))
@@ -101,17 +103,17 @@ class _Writer:
         for _ in range(self.draw(st.integers(1, 4))):
             by_rows = [name for name, t in self._whole().items() if extent in t.shape]
             read = self._some(by_rows)
-            operands = [self.draw(parts(rows_of(name, self._whole()[name], extent))) for name in read]
+            operands = [self._part(rows_of(name, self._whole()[name], extent)) for name in read]
             unchanged = [name for name in self._whole() if name not in changed | fresh]
-            operands += [self.draw(parts(whole(name, self._whole()[name]))) for name in self._some(unchanged, most=1)]
+            operands += [self._part(whole(name, self._whole()[name])) for name in self._some(unchanged, most=1)]
             here = self._some(local)
-            operands += [self.draw(parts(whole(name, self.buffers[name]))) for name in here]
+            operands += [self._part(whole(name, self.buffers[name])) for name in here]
             outputs = []
             if again := self._some(sorted((changed | fresh | set(local)) - {v.base for v in operands}), most=1):
                 outputs.append(self._rows_written(again[0], extent))
             if not outputs or self.draw(st.booleans()):
                 inside = self.draw(st.booleans())
-                name = self._new(self.draw(of_rows(CHUNK if inside else extent)))
+                name = self._new(self.draw(of_rows(CHUNK if inside else extent, self.alike)))
                 (local.append if inside else fresh.add)(name)
                 outputs.append(self._rows_written(name, extent))
             body.append(self._call(operands, outputs))
@@ -121,7 +123,13 @@ class _Writer:
     def _rows_written(self, name: str, extent: Affine) -> View:
         described = self.buffers[name]
         rows = whole(name, described) if CHUNK in described.shape else rows_of(name, described, extent)
-        return self.draw(orders(rows))
+        return self._ordered(rows)
+
+    def _part(self, view: View) -> View:
+        return view if self.alike and self.draw(st.integers(0, 2)) else self.draw(parts(view))
+
+    def _ordered(self, view: View) -> View:
+        return view if self.alike else self.draw(orders(view))
 
     def _whole(self) -> dict[str, Tensor]:
         local = {name for name, t in self.buffers.items() if CHUNK in t.shape or "work" in name}
@@ -145,9 +153,9 @@ class _Writer:
 
 
 @st.composite
-def looping(draw: st.DrawFn) -> Program:
+def looping(draw: st.DrawFn, alike: bool = False) -> Program:
     """Up to five items, loops and calls, in which loops write rows of their own and keep chunks to themselves."""
-    writer = _Writer(draw)
+    writer = _Writer(draw, alike)
     items = [draw(st.sampled_from((writer.loop, writer.loop, writer.single)))() for _ in range(draw(st.integers(1, 5)))]
     kept = sorted(n for n, t in writer.buffers.items() if CHUNK not in t.shape and "work" not in n)
     returned = draw(st.lists(st.sampled_from(kept), max_size=2, unique=True)) if kept else []

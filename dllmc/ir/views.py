@@ -86,10 +86,12 @@ class Move:
 
         Constant strides are all that there is, but for axes of one element.
         """
-        pairs = [(dim, old, new) for (dim, old), (_, new) in zip(_axes(self.old), _axes(self.new), strict=True)]
-        if any(old.terms or new.terms for _, old, new in pairs):
-            return []
-        axes = sorted(((dim, old.constant, new.constant) for dim, old, new in pairs), key=lambda axis: -axis[1])
+        axes: list[tuple[Affine, int, int]] = []
+        for (dim, was), (_, now) in zip(_axes(self.old), _axes(self.new), strict=True):
+            if was.terms or now.terms:
+                return []
+            axes.append((dim, was.constant, now.constant))
+        axes.sort(key=lambda axis: -axis[1])
         merged: list[tuple[Affine, int, int]] = []
         for dim, old, new in axes:
             if merged and not dim.terms and merged[-1][1:] == (old * dim.constant, new * dim.constant):

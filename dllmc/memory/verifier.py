@@ -63,6 +63,12 @@ def verify(program: Program) -> None:
 def _check_views(program: Program, instruction: Instruction, loop: ForRows | None, where: str) -> None:
     for view in (*instruction.reads(), *instruction.outputs):
         _check_bounds(program, view, where, loop)
+    for view in instruction.outputs:
+        stretched = (
+            dim != Affine(1) and stride == Affine() for dim, stride in zip(view.shape, view.strides, strict=True)
+        )
+        if Affine() not in view.shape and any(stretched):
+            raise ProgramError(f"{where} writes elements of {view.base!r} several times: strides {_text(view.strides)}")
     numbers = [operand for operand in instruction.inputs if isinstance(operand, Affine)]
     _check_symbols(numbers, SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), where)
 

@@ -16,11 +16,14 @@ from dllmc.ir.program import (
     View,
     dense_strides,
     element_count,
+    product,
 )
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.views import Move, apart, coincide
 from dllmc.ops.registry import OPERATORS
 from dllmc.passes.base import Pass, PassResult
+
+_START = Affine(0, ((START, 1),))
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class _Reuse:
         items: list[Instruction | ForRows] = []
         for item in self.program.instructions:
             body = (item,) if isinstance(item, Instruction) else item.body
+            around = range(index, index + len(body)) if isinstance(item, ForRows) else range(0)
             if isinstance(item, ForRows):
                 self._in_loop(body, index)
             calls = []
             for call in body:
-                self._in_call(call, index, item if isinstance(item, ForRows) else None)
+                self._in_call(call, index, item if isinstance(item, ForRows) else None, around)
                 calls.append(self._placed(call))
                 index += 1
             items += calls if isinstance(item, Instruction) else [replace(item, body=tuple(calls))]
@@ -75,22 +79,27 @@ class _Reuse:
         placed = replace(self.program, instructions=tuple(items), outputs=outputs, buffers=buffers)
         return replace(placed, arena_bytes=None, lower_bound_bytes=None)
 
-    def _in_call(self, call: Instruction, index: int, loop: ForRows | None) -> None:
-        """Case 1."""
+    def _in_call(self, call: Instruction, index: int, loop: ForRows | None, around: range) -> None:
+        """Case 1; `around` are the numbers of the loop's calls."""
         for position in OPERATORS[call.op].in_place:
             operand = call.inputs[position] if position < len(call.inputs) else None
-            if isinstance(operand, View) and self._move(call, index, self._view(operand), loop):
+            if isinstance(operand, View) and self._move(call, index, self._view(operand), loop, around):
                 self.operands += 1
                 return
 
-    def _move(self, call: Instruction, index: int, place: View, loop: ForRows | None) -> bool:
+    def _move(self, call: Instruction, index: int, place: View, loop: ForRows | None, around: range) -> bool:
         out, buffers = call.outputs[0], self.program.buffers
         old, new = buffers.get(out.base), buffers.get(place.base)
         if old is None or new is None or out.base in self.moves or self.uses[out.base][0][0] < index:
             return False
         alike = old.dtype == new.dtype and out.shape == place.shape
-        if not alike or self.program.is_chunk(out.base) != self.program.is_chunk(place.base):
+        axes = zip(place.shape, place.strides, strict=True)
+        stretched = any(stride == Affine() and dim != Affine(1) for dim, stride in axes)
+        in_chunk = self.program.is_chunk(place.base)
+        if not alike or stretched or self.program.is_chunk(out.base) != in_chunk:
             return False
+        if not in_chunk and not all(view.offset.of(START) for at, view in self.uses[place.base] if at in around):
+            return False  # another iteration reads what this one would write
         reads = [self._view(view) for view in call.reads()]
         same = [view for view in reads if coincide(view, place)]
         others = [view for view in reads if view.base == place.base and view not in same]
@@ -107,7 +116,8 @@ class _Reuse:
         if loop is None or self.program.is_chunk(view.base):
             return view
         shape = tuple(loop.extent if dim.of(CHUNK) else dim for dim in view.shape)
-        return replace(view, shape=shape, offset=replace(view.offset, terms=()))
+        before = product(Affine(view.offset.of(START)), _START)
+        return replace(view, shape=shape, offset=view.offset - before)
 
     def _in_loop(self, body: Sequence[Instruction], begin: int) -> None:
         """Case 2."""

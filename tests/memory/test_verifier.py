@@ -170,6 +170,14 @@ def test_a_whole_buffer_in_any_order_of_dimensions_is_no_part(view: View) -> Non
     verify(program({"b": at(0, TOKENS, 2, 3)}, [((), [view]), (["b"], [])], arena_bytes=256))
 
 
+def test_an_element_is_written_once() -> None:
+    """A stretched view would be written by several elements; along an axis of one there is nothing to stretch."""
+    stretched = View("a", shape(4, 3), shape(1, 0))
+    bad = program({"a": at(0, 4)}, [((), [stretched])], arena_bytes=64)
+    refuse(bad, r"^instruction 0 \(copy\) writes elements of 'a' several times: strides \[1, 0\]$")
+    verify(program({"a": at(0, 4)}, [((), [View("a", shape(4, 1), shape(1, 0))])], arena_bytes=64))
+
+
 @pytest.mark.parametrize("group", ["inputs", "weights"])
 def test_inputs_and_weights_are_not_written(group: str) -> None:
     bad = program({}, [((), ["a"])], arena_bytes=0, **{group: {"a": tensor(4)}})
