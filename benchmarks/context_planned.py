@@ -4,23 +4,22 @@ dllmc's is the arena that the plan of a compiled step says. An eager decoder's i
 as wide as the vocabulary that its softmax makes, or, with its head in chunks, what the layers hold at their widest.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks import report
 from benchmarks.compile_time import LLADA_8B
 from dllmc.capture import capture
 from dllmc.ir.program import CHUNK, Program
 from dllmc.models.dream import DreamConfig, DreamModel
 from dllmc.models.llada import LLaDAConfig, LLaDAModel
 from dllmc.passes import pipeline
+from dllmc.passes.base import Pass
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.plan_memory import planned
 from dllmc.passes.sizing import resized
@@ -107,35 +106,9 @@ def widest_bytes(shape: Shape, layers: int) -> int:
                 if isinstance(part, nn.Linear) and part.out_features == shape.vocab:
                     setattr(owner, name, nn.Identity())
         tokens = torch.zeros(1, WIDEST_TOKENS, dtype=torch.int64)
-        with LiveBytes() as live:
+        with report.LiveBytes() as live:
             model(tokens)
     return live.peak
-
-
-@dataclass
-class LiveBytes(TorchDispatchMode):
-    """Within it, `peak` is the most that storages made by operators have taken together, after any operator."""
-
-    peak: int = 0
-    given: set[int] = field(default_factory=set)
-    made: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        read = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.given.update(storage for storage in read if storage not in self.made)
-        result = func(*args, **(kwargs or {}))
-        self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.given:
-                storage = tensor.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
-        return result
 
 
 def compiled(shape: Shape, layers: int, tokens: int, rows: int, chunk: int) -> Program:
@@ -144,15 +117,16 @@ def compiled(shape: Shape, layers: int, tokens: int, rows: int, chunk: int) -> P
         model = _in_bfloat16(shape, layers)
     spec = ModelSpec(shape.vocab, shape.mask_id, (), shape.shifted, max_positions=tokens)
     maxima = {"tokens": tokens, "rows": rows, "guided": rows, "segments": 1}
-    passes = [ChunkActivations(chunk) if p.name == ChunkActivations.name else p for p in _unplanned()]
     step = capture(model, spec, maxima)
-    pipeline.run(step, passes)
+    pipeline.run(step, pipeline.up_to(in_chunks(chunk), "reuse-in-place"))
     assert step.program is not None
     return step.program
 
 
-def _unplanned() -> tuple[pipeline.Pass, ...]:
-    return pipeline.up_to(pipeline.parse(pipeline.DEFAULT_PIPELINE), "fit-budget")
+def in_chunks(chunk: int) -> tuple[Pass, ...]:
+    """The default pipeline, with loops over so many rows at a time."""
+    passes = pipeline.parse(pipeline.DEFAULT_PIPELINE)
+    return tuple(ChunkActivations(chunk) if p.name == ChunkActivations.name else p for p in passes)
 
 
 def longest(program: Program, budget: int) -> tuple[int, int]:

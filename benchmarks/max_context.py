@@ -14,11 +14,11 @@ import click
 from benchmarks import context_planned, report
 
 PLANNED_NOTES = (
-    "dllmc: the planned arena of a step of one request, in bfloat16; its inputs are 16 bytes a token besides",
+    "dllmc: the planned arena of a step of one request in bfloat16; its inputs are 16 bytes a token besides",
     "eager: logits and probabilities [tokens, V] in bfloat16 and nothing else; logits in bfloat16 with their copy and",
-    "  their probabilities in float64 and nothing else; with the head in chunks, which are not counted, what the layers",
-    "  of the module hold at their widest, counted by running it on tensors without memory",
-    "longer than a model was trained for: angles come from positions, so no more memory is needed, whatever it predicts",
+    "  their probabilities in float64 and nothing else; with the head in chunks, which are not counted, what layers of",
+    "  the module hold at their widest, counted by running it on tensors without memory",
+    "longer than models were trained for: angles come from positions, so it is a matter of sense and not of memory",
 )
 
 

@@ -8,12 +8,17 @@ import os
 import platform
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,6 +100,32 @@ class PeakMemory:
     def _status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@dataclass
+class LiveBytes(TorchDispatchMode):
+    """Within it, `peak` is the most that storages made by operators have taken together, after any operator."""
+
+    peak: int = 0
+    given: set[int] = field(default_factory=set)
+    made: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        read = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.given.update(storage for storage in read if storage not in self.made)
+        result = func(*args, **(kwargs or {}))
+        self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.given:
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return result
 
 
 def _cpu_model() -> str:

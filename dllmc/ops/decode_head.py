@@ -161,7 +161,7 @@ def decode_head_out(
     workspace: uint8, contiguous, at least `workspace_bytes` of the call or of one with more rows. It holds a tile of
     logits and what `Tiling` says: rows of a weight that is not float32 are cast, since torch's CPU GEMM would round
     bfloat16 and float16 logits to their 8 or 11 bits. Transient besides it: `hidden` in float32 where it is cast,
-    [rows, 1024] candidates where top-k or top-p ask for them, and what `head_partials` says, all O(workspace).
+    three times [rows, 1024] candidates, int64, where top-p asks for them, and what `head_partials` says.
     Raises `ProgramError` for a workspace that is too small, `RequestError` for an unknown confidence rule.
     """
     if not hidden.shape[0]:
@@ -199,6 +199,7 @@ def decode_tiles(
             tile *= scale
         partials = head_partials(tile, start, rows)
         merged = partials if merged is None else merge(merged, partials, rows)
+        del partials  # its candidates, before the next tile has some
     assert merged is not None, "a head has at least one token"
     return finish(merged, rows)
 

@@ -5,6 +5,7 @@ are the same however the vocabulary is split and in whatever order parts merge; 
 Rules: semantics.md, "Commit".
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from dllmc.ops.head_rows import HeadRows
 
 # Columns reduced together when looking for a maximum: finding its block first saves a slow argmax over the tile.
 _BLOCK = 256
+# Elements of a tile that are sampled, filtered or summed together, so that copies of them, int64 ones too, stay small.
+_PIECE = 1 << 17
 # exp of anything lower is 0 in float32; keeps 0 * -inf out of entropies.
 _LOWEST_EXPONENT = -200.0
 
@@ -40,8 +43,8 @@ class Partials(NamedTuple):
 def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
     """Partials of logits `tile` [R, width] float32, whose first column is token `vocab_start`. Overwrites the tile.
 
-    Transient memory: up to two copies of the tile's rows that are sampled or wanted by entropy or margin; three
-    int64 copies of those that are filtered; about 4 MiB of random words where rows are sampled.
+    Transient memory: the candidates twice, and a few MiB for rows that are sampled, filtered, or wanted by entropy or
+    margin: they are taken in pieces.
     """
     width = tile.shape[1]
     if rows.suppressed_row.numel():
@@ -51,7 +54,10 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
     target_logit = _target_logit(tile, vocab_start, rows)
 
     maximum, column = _first_maximum(tile)
-    runner_up = tile[rows.by_margin].scatter_(1, column[rows.by_margin, None], -torch.inf).amax(1)
+    best = column
+    runner_up = _in_pieces(
+        rows.by_margin, width, lambda piece: tile[piece].scatter_(1, best[piece, None], -torch.inf).amax(1)
+    )
     score, logit = maximum, maximum
     if rows.sampled.numel():
         drawn_score, drawn = _draw(tile, vocab_start, rows)
@@ -60,12 +66,13 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
         logit = tile.gather(1, column[:, None])[:, 0]
 
     shift = _finite(maximum)
-    keys = _best(_pack(tile[rows.filtered], vocab_start), rows.candidates)
+    keys = _in_pieces(rows.filtered, width, lambda piece: _best(_pack(tile[piece], vocab_start), rows.candidates))
     tile -= shift[:, None]
-    scaled_sum = (tile[rows.filtered] / rows.temperature[rows.filtered, None]).exp_().sum(1)
-    exponents = tile[rows.by_entropy].clamp_min_(_LOWEST_EXPONENT)
+    scaled_sum = _in_pieces(
+        rows.filtered, width, lambda piece: tile[piece].div_(rows.temperature[piece, None]).exp_().sum(1)
+    )
+    sum_exp_times = _in_pieces(rows.by_entropy, width, lambda piece: _sum_exp_times(tile[piece]))
     sum_exp = tile.exp_().sum(1)
-    sum_exp_times = exponents.mul_(tile[rows.by_entropy]).sum(1)
     token = column + vocab_start
     return Partials(maximum, sum_exp, score, token, logit, runner_up, sum_exp_times, scaled_sum, keys, target_logit)
 
@@ -95,7 +102,7 @@ def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
         runner_up=torch.maximum(lower_maximum, torch.maximum(a.runner_up, b.runner_up)),
         sum_exp_times=sum_exp_times,
         scaled_sum=scaled_sum,
-        keys=_best(torch.cat((a.keys, b.keys), dim=1), rows.candidates),
+        keys=_best_of_both(a.keys, b.keys, rows.candidates),
         target_logit=torch.maximum(a.target_logit, b.target_logit),
     )
 
@@ -104,9 +111,11 @@ def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
     """Token [R] int64, confidence [R] float32 and logprob [R] float32 from the partials of the whole vocabulary."""
     maximum, sum_exp, token, logit = partials.maximum, partials.sum_exp, partials.token, partials.logit
     if rows.filtered.numel():
-        drawn, drawn_logit = _draw_candidate(partials, rows)
-        token = token.index_copy(0, rows.filtered, drawn)
-        logit = logit.index_copy(0, rows.filtered, drawn_logit)
+        size = max(1, _PIECE // 4 // partials.keys.shape[1])  # smaller ones, for they are random words too
+        parts = [slice(start, start + size) for start in range(0, rows.filtered.numel(), size)]
+        drawn = [_draw_candidate(partials, rows, part) for part in parts]
+        token = token.index_copy(0, rows.filtered, torch.cat([chosen for chosen, _ in drawn]))
+        logit = logit.index_copy(0, rows.filtered, torch.cat([of_chosen for _, of_chosen in drawn]))
 
     confidence = (logit - maximum).exp() / sum_exp
     log_sum = sum_exp.log()
@@ -121,6 +130,23 @@ def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
     return token, confidence, logit.index_copy(0, rows.targeted, partials.target_logit) - maximum - log_sum
 
 
+def _pieces(rows: Tensor, width: int) -> Sequence[Tensor]:
+    """Indices of rows of `width` elements, a few at a time; one piece of none where there are none."""
+    pieces: Sequence[Tensor] = rows.split(max(1, _PIECE // width))
+    return pieces
+
+
+def _in_pieces(rows: Tensor, width: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function makes of rows, a few at a time: [n, ...] of n indices."""
+    return torch.cat([function(piece) for piece in _pieces(rows, width)])
+
+
+def _sum_exp_times(x: Tensor) -> Tensor:
+    """[rows]: sums of x * exp(x), of x [rows, width] at most 0, which is overwritten."""
+    x.clamp_min_(_LOWEST_EXPONENT)
+    return x.mul_(x.exp()).sum(1)
+
+
 def _target_logit(tile: Tensor, vocab_start: int, rows: HeadRows) -> Tensor:
     """[targeted]: the targets' logits, -inf where a target is in another tile."""
     column = rows.target - vocab_start
@@ -130,24 +156,28 @@ def _target_logit(tile: Tensor, vocab_start: int, rows: HeadRows) -> Tensor:
 
 def _draw(tile: Tensor, vocab_start: int, rows: HeadRows) -> tuple[Tensor, Tensor]:
     """Gumbel-max over the tile's unfiltered columns: the sampled rows' best scores and their columns."""
-    position, seed, step, temperature = (
-        x[rows.sampled] for x in (rows.position, rows.seed, rows.step, rows.temperature)
-    )
-    scores = tile[rows.sampled].div_(temperature[:, None])
-    scores += noise.gumbel_range(seed, vocab_start, tile.shape[1], position, step)
-    return _first_maximum(scores)
+    width = tile.shape[1]
+
+    def draw(piece: Tensor) -> tuple[Tensor, Tensor]:
+        position, seed, step, temperature = (x[piece] for x in (rows.position, rows.seed, rows.step, rows.temperature))
+        scores = tile[piece].div_(temperature[:, None])
+        scores += noise.gumbel_range(seed, vocab_start, width, position, step)
+        return _first_maximum(scores)
+
+    drawn = [draw(piece) for piece in _pieces(rows.sampled, width)]
+    return torch.cat([score for score, _ in drawn]), torch.cat([column for _, column in drawn])
 
 
-def _draw_candidate(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor]:
-    """Gumbel-max over the candidates that top-k and top-p keep: the filtered rows' tokens and their logits."""
+def _draw_candidate(partials: Partials, rows: HeadRows, part: slice) -> tuple[Tensor, Tensor]:
+    """Gumbel-max over the candidates that top-k and top-p keep: tokens and logits of a part of the filtered rows."""
     position, seed, step, temperature, maximum = (
-        x[rows.filtered, None] for x in (rows.position, rows.seed, rows.step, rows.temperature, partials.maximum)
+        x[rows.filtered[part], None] for x in (rows.position, rows.seed, rows.step, rows.temperature, partials.maximum)
     )
-    logit, token = _unpack(partials.keys.sort(dim=1, descending=True).values)
-    probability = ((logit - _finite(maximum)) / temperature).exp() / partials.scaled_sum[:, None]
+    logit, token = _unpack(partials.keys[part].sort(dim=1, descending=True).values)
+    probability = ((logit - _finite(maximum)) / temperature).exp() / partials.scaled_sum[part, None]
     better = torch.cat((torch.zeros_like(maximum), probability.cumsum(1)[:, :-1]), dim=1)
     rank = torch.arange(token.shape[1], device=token.device)
-    kept = (rank < rows.top_k[:, None]) & (better <= rows.top_p[:, None])
+    kept = (rank < rows.top_k[part, None]) & (better <= rows.top_p[part, None])
     score = (logit / temperature + noise.gumbel(seed, token, position, step)).masked_fill(~kept, -torch.inf)
     best = score == score.amax(1, keepdim=True)
     drawn = token.masked_fill(~best, noise.LOW_WORD).argmin(1, keepdim=True)  # the lowest token id among the best
@@ -174,6 +204,16 @@ def _finite(maximum: Tensor) -> Tensor:
 def _best(keys: Tensor, count: int) -> Tensor:
     """The `count` highest keys of each row, or all if there are fewer."""
     return keys.topk(min(count, keys.shape[1]), dim=1, sorted=False).values
+
+
+def _best_of_both(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """`_best` of the keys in both, a few rows at a time."""
+    width = a.shape[1] + b.shape[1]
+    best = a.new_empty(a.shape[0], min(count, width))
+    size = max(1, _PIECE // max(1, width))
+    for part in zip(best.split(size), a.split(size), b.split(size), strict=True):
+        part[0].copy_(_best(torch.cat(part[1:], dim=1), count))
+    return best
 
 
 def _pack(logits: Tensor, vocab_start: int) -> Tensor:
