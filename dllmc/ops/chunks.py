@@ -3,11 +3,14 @@ a second-level cache from one torch call to the next.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Chunk = TypeVar("Chunk")
 Call = Callable[[], object]
 Part = tuple[int, torch.dtype]
 
@@ -91,6 +94,24 @@ def _aligned(size_bytes: int) -> int:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What row-wise operators compute in: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def by_chunk(walk: Callable[[], Iterable[Chunk]], bind: Callable[[Chunk], Sequence[Call]]) -> Call:
+    """One call that makes those of every chunk, in order.
+
+    They are bound now where there is one chunk. Where there are more, each is when its turn comes, which is little
+    beside its work: to keep the views of all would take memory for every shape of a step.
+    """
+    first = list(islice(walk(), 2))
+    if len(first) < 2:
+        return in_order([call for chunk in first for call in bind(chunk)])
+
+    def run() -> None:
+        for chunk in walk():
+            for call in bind(chunk):
+                call()
+
+    return run
 
 
 def in_order(calls: Sequence[Call]) -> Call:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops.chunks import Call, chunks, in_order, wide_dtype
+from dllmc.ops.chunks import Call, by_chunk, chunks, wide_dtype
 from dllmc.ops.library import library, run_bound
 
 library.define("glu(Tensor gate, Tensor up, str activation) -> Tensor")
@@ -46,10 +46,12 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
 
         return partial(glu, gate, up, activation, outs[0])
     activate = _ACTIVATIONS[activation][1]
-    calls: list[Call] = []
-    for out, gate_part, up_part in chunks(outs[0], gate, up):
-        calls += [partial(activate, gate_part, out=out), partial(out.mul_, up_part)]
-    return in_order(calls)
+
+    def of_chunk(parts: Sequence[Tensor]) -> list[Call]:
+        out, gate_part, up_part = parts
+        return [partial(activate, gate_part, out=out), partial(out.mul_, up_part)]
+
+    return by_chunk(lambda: chunks(outs[0], gate, up), of_chunk)
 
 
 def _require_fitting(gate: Tensor, up: Tensor, activation: str) -> None:

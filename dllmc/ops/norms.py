@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops.chunks import Call, Part, bytes_of, carved, chunks, in_order, rows_in_chunk, shaped, wide_dtype
+from dllmc.ops.chunks import Call, Part, by_chunk, bytes_of, carved, chunks, in_order, rows_in_chunk, shaped, wide_dtype
 from dllmc.ops.library import library, run_bound
 
 library.define("rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
@@ -97,11 +97,14 @@ def _bind_rms(
     if x.is_cuda:
         return _bind_kernel(x, residual, weight, bias, eps, outs, centred=False)
     statistics, wide, wide_weight, wide_bias = carved(workspace, _parts(x, weight, bias))
-    calls: list[Call] = []
-    weight = _widened(weight, wide_weight, calls)
-    bias = _widened(bias, wide_bias, calls)
+    once: list[Call] = []
+    weight = _widened(weight, wide_weight, once)
+    bias = _widened(bias, wide_bias, once)
     least = torch.tensor(eps, dtype=wide.dtype)
-    for out, source, *addends in _chunks(x, residual, outs):
+
+    def of_chunk(parts: Sequence[Tensor]) -> list[Call]:
+        out, source, *addends = parts
+        calls: list[Call] = []
         if addends:
             calls.append(partial(torch.add, *addends, out=source))
         result, scale = out, shaped(statistics, *source.shape[:-1], 1)
@@ -123,7 +126,9 @@ def _bind_rms(
             calls.append(partial(result.add_, bias))
         if result is not out:
             calls.append(partial(out.copy_, result))
-    return in_order(calls)
+        return calls
+
+    return in_order([*once, by_chunk(lambda: _chunks(x, residual, outs), of_chunk)])
 
 
 def _parts(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> list[Part]:
@@ -156,12 +161,15 @@ def _bind_layer_norm(
     """
     if x.is_cuda:
         return _bind_kernel(x, residual, weight, bias, eps, outs, centred=True)
-    calls: list[Call] = []
-    for out, source, *addends in _chunks(x, residual, outs):
+
+    def of_chunk(parts: Sequence[Tensor]) -> list[Call]:
+        out, source, *addends = parts
+        calls: list[Call] = []
         if addends:
             calls.append(partial(torch.add, *addends, out=source))
-        calls.append(partial(_layer_norm, source, [x.shape[-1]], weight, bias, eps, out))
-    return in_order(calls)
+        return [*calls, partial(_layer_norm, source, [x.shape[-1]], weight, bias, eps, out)]
+
+    return by_chunk(lambda: _chunks(x, residual, outs), of_chunk)
 
 
 def _layer_norm(

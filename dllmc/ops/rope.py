@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops.chunks import Call, Part, bytes_of, carved, in_order, rows_in_chunk, shaped, wide_dtype
+from dllmc.ops.chunks import Call, Part, by_chunk, bytes_of, carved, rows_in_chunk, shaped, wide_dtype
 from dllmc.ops.library import library, run_bound
 
 library.define("rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions) -> Tensor")
@@ -50,10 +50,11 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
         return partial(rope, x, cos, sin, positions, outs[0])
     wide, result, *of_tables = carved(workspace, _parts(x, cos, sin, gathered=positions is not None))
     tokens, heads, head_dim = x.shape
-    calls: list[Call] = []
     step = max(1, rows_in_chunk(tokens, heads * head_dim * wide.element_size()))
-    for start in range(0, tokens, step):
+
+    def of_chunk(start: int) -> list[Call]:
         chunk = slice(start, min(start + step, tokens))
+        calls: list[Call] = []
         tables: list[Tensor] = []
         for table, (rows, widened) in zip((cos, sin), (of_tables[:2], of_tables[2:]), strict=True):
             shape = (chunk.stop - start, table.shape[1])
@@ -75,7 +76,9 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
         calls += _rotations(target, source, *tables)
         if x.dtype != wide.dtype:
             calls.append(partial(outs[0][chunk].copy_, target))
-    return in_order(calls)
+        return calls
+
+    return by_chunk(lambda: range(0, tokens, step), of_chunk)
 
 
 def _rotations(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> list[Call]:

@@ -1,6 +1,8 @@
 """How row-wise operators cut their operands: every row once, few at a time, and in the order of memory."""
 
+import tracemalloc
 from collections.abc import Sequence
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -77,3 +79,32 @@ def test_a_workspace_may_be_absent_where_nothing_is_carved() -> None:
     assert carved(None, [(0, torch.float32)])[0].numel() == 0
     with pytest.raises(AssertionError, match="declares a workspace"):
         carved(None, [(1, torch.float32)])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_calls_of_chunks_are_made_in_order_each_time(number: int) -> None:
+    """Whether there is one chunk, bound once, or more, bound when their turn comes: every call, every time."""
+    made: list[str] = []
+    call = chunks.by_chunk(
+        lambda: range(number), lambda i: [partial(made.append, f"{i}a"), partial(made.append, f"{i}b")]
+    )
+    assert made == []
+    call()
+    call()
+    assert made == 2 * [f"{i}{letter}" for i in range(number) for letter in "ab"]
+
+
+def test_calls_of_many_chunks_are_not_kept() -> None:
+    """A call over 1 chunk or 10,000 holds as much memory: bindings of large steps are many."""
+
+    def size(rows: int) -> int:
+        x = torch.zeros(rows, WIDTH)
+        tracemalloc.start()
+        held = chunks.by_chunk(lambda: chunks.chunks(x), lambda parts: [partial(torch.neg, parts[0], out=parts[0])])
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        del held
+        return size
+
+    with patch.object(chunks, "CHUNK_BYTES", 4 * WIDTH):
+        assert size(10_000) <= size(1) + 2048

@@ -200,7 +200,7 @@ def test_layer_norm_takes_a_chunk(dtype: torch.dtype) -> None:
     """However many rows there are, torch's kernel is given a chunk of them, and takes no more than its result."""
     with patch.object(chunks, "CHUNK_BYTES", 8 * 1024):
         run, _ = bound("add_layer_norm", operands("add_layer_norm", (256, 1024), "dense", dtype, "weight"))
-    assert max(blocks_taken(run)) == 8 * 1024
+        assert max(blocks_taken(run)) == 8 * 1024
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
