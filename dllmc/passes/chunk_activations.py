@@ -36,7 +36,7 @@ class ChunkActivations(Pass):
         split = split_projections(step)
         moved = gather_early(step)
         loops = _Schedule(step).run()
-        step.maxima[CHUNK] = self.chunk
+        step.maxima = {**step.maxima, CHUNK: self.chunk}
         return PassResult(True, {"loops": loops, "gathers_moved": moved, "projections_split": split})
 
 
@@ -95,7 +95,8 @@ class _Schedule:
         earlier = {n for user in members for n in flow.by_rows(user)} - inside
         shared = set(ancestors(whole, flow, earlier)) & set(ancestors(by_rows, flow, earlier | set(whole)))
         sources = {n for n in inside if any(source in self.level for source in flow.whole(n))}
-        sources |= earlier | {n for n in shared if is_product(n)}
+        made_now = ancestors([n for n in shared if is_product(n)], flow, earlier)
+        sources |= earlier | {n for n in made_now if is_product(n)}
         kept = flow.narrowest(dict.fromkeys([*whole, *by_rows]), sources) if members else set()
         for node in ancestors(by_rows, flow, earlier | kept | set(whole)):
             self.level[node] = level + 1

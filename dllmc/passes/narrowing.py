@@ -91,7 +91,7 @@ def gather_early(step: StepGraph) -> int:
     moved = 0
     for index, group in gathers.items():
         sinks: list[Any] = [gather.args[0] for gather in group]
-        kept = flow.narrowest(sinks, {node for node in step.calls() if _stays(node, flow)})
+        kept = flow.narrowest(sinks, {node for node in step.calls() if _stays(node, flow)}, copied=True)
         if kept == set(sinks):
             continue
         on_rows: dict[fx.Node, fx.Node] = {}

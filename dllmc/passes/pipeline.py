@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from dllmc.errors import BudgetError, CaptureError, PassError
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import StepGraph, loop_of
 from dllmc.passes import order
 from dllmc.passes.base import LogEntry, Observer, Pass
 from dllmc.passes.facts import FACTS
@@ -135,8 +135,8 @@ def _run_one(step: StepGraph, current: Pass, facts: set[str]) -> LogEntry:
 
 
 def _contents(step: StepGraph) -> list[tuple[object, ...]]:
-    """The graph's nodes and what each computes from what: equal before and after a pass that changed nothing."""
-    return [(node, node.target, node.args, node.kwargs) for node in step.graph.nodes]
+    """The graph's nodes, what each computes from what, and in which loop: equal where a pass changed nothing."""
+    return [(node, node.target, node.args, node.kwargs, loop_of(node)) for node in step.graph.nodes]
 
 
 def _settle(step: StepGraph, after: Pass) -> None:

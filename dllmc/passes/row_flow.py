@@ -71,11 +71,12 @@ class RowFlow:
         shape: Sequence[Any] = node.meta["val"].shape
         return math.prod(size for size in shape if isinstance(size, int)) * int(node.meta["val"].element_size())
 
-    def narrowest(self, sinks: Collection[fx.Node], sources: Collection[fx.Node]) -> set[fx.Node]:
+    def narrowest(self, sinks: Collection[fx.Node], sources: Collection[fx.Node], copied: bool = False) -> set[fx.Node]:
         """Values from which every sink can be computed without `sources`, of the fewest bytes a row together.
 
         A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of, nor
-        several results together. Inputs of the step cost nothing. Of such sets it is the one that leaves least to do.
+        several results together; where what is kept is `copied`, views are values like others. Inputs of the step cost
+        nothing. Of such sets it is the one that leaves least to do.
         """
         flow = nx.DiGraph()
         flow.add_nodes_from("st")
@@ -83,7 +84,7 @@ class RowFlow:
         for node in (queue := list(sinks)):
             free = node.op == "placeholder"
             stays = free or node in sources or self.extent(node) is None
-            if not isinstance(node.meta["val"], torch.Tensor) or (_is_view(node, sources) and not stays):
+            if not isinstance(node.meta["val"], torch.Tensor) or (_is_view(node, sources) and not (stays or copied)):
                 flow.add_edge((node, "in"), (node, "out"))
             else:
                 flow.add_edge((node, "in"), (node, "out"), capacity=0 if free else self.row_bytes(node))
