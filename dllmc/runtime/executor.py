@@ -8,13 +8,28 @@ import numpy as np
 import torch
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import LEAST, SYMBOLS, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import (
+    CHUNK,
+    LEAST,
+    START,
+    SYMBOLS,
+    Affine,
+    DType,
+    ForRows,
+    Instruction,
+    Operand,
+    Program,
+    Sizes,
+    View,
+)
 from dllmc.memory.verifier import verify
 from dllmc.ops.registry import operator
 from dllmc.runtime.arena import Memory
 
-# Bindings kept, least recently used first out: a decode comes back to the same shapes.
+# Bindings kept, least recently used first out: a decode comes back to the same shapes. And calls bound in all of them:
+# each holds a few KiB of objects, and a step in small chunks has thousands.
 MAX_BINDINGS = 64
+MAX_BOUND_CALLS = 1 << 13
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,9 +59,12 @@ class Executor:
             binding.check_outputs()
             self._bindings[key] = binding
         self._bindings.move_to_end(key)
-        if len(self._bindings) > MAX_BINDINGS:
+        while len(self._bindings) > 1 and (len(self._bindings) > MAX_BINDINGS or self._bound_calls() > MAX_BOUND_CALLS):
             self._bindings.popitem(last=False)
         return binding.outputs
+
+    def _bound_calls(self) -> int:
+        return sum(len(binding.written) for binding in self._bindings.values())
 
 
 class _Binding:
@@ -60,17 +78,25 @@ class _Binding:
                 raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
         self.inputs: dict[str, Array] = {name: memory.tensor(name, sizes).numpy() for name in program.inputs}
         self.outputs: dict[str, Array] = {n: memory.view(v, sizes).numpy() for n, v in program.outputs.items()}
-        self.unrolled = list(_unrolled(program, sizes))
-        self.written = [[memory.view(view, here) for view in i.outputs] for i, here in self.unrolled]
-        self.calls = [_bind(memory, here, i, outs) for (i, here), outs in zip(self.unrolled, self.written, strict=True)]
+        self.calls: list[Callable[[], object]] = []
+        self.written: list[tuple[Instruction, Sizes, list[torch.Tensor]]] = []
+        bound: dict[tuple[int, int], Callable[[], object]] = {}  # of what is the same in iterations of as many rows
+        for instruction, here in _unrolled(program, sizes):
+            key = id(instruction), here.get(CHUNK, 0)
+            if key not in bound or _moves(instruction):
+                outs = [memory.view(view, here) for view in instruction.outputs]
+                bound[key] = _bind(memory, here, instruction, outs)
+                self.written.append((instruction, here, outs))
+            self.calls.append(bound[key])
 
     def check_outputs(self) -> None:
         """After the first run: torch resizes an `out=` of the wrong shape, and then writes beyond it."""
-        for index, ((instruction, sizes), outs) in enumerate(zip(self.unrolled, self.written, strict=True)):
+        for instruction, sizes, outs in self.written:
             for view, out in zip(instruction.outputs, outs, strict=True):
                 planned = [dim.at(sizes) for dim in view.shape]
                 if list(out.shape) != planned:
-                    where = f"program {self.program.name!r}: call {index} ({instruction.op})"
+                    index = next(n for n, (i, _) in enumerate(self.program.calls()) if i is instruction)
+                    where = f"program {self.program.name!r}: instruction {index} ({instruction.op})"
                     raise ProgramError(f"{where}: {view.base!r} has shape {planned}, its result {list(out.shape)}")
 
 
@@ -82,6 +108,13 @@ def _unrolled(program: Program, sizes: Sizes) -> Iterator[tuple[Instruction, Siz
                 yield from ((instruction, here) for instruction in item.body)
         else:
             yield item, sizes
+
+
+def _moves(instruction: Instruction) -> bool:
+    """Whether a call depends on which iteration it is in, and not on how many rows that has alone."""
+    views = (*instruction.reads(), *instruction.outputs)
+    numbers = [operand for operand in instruction.inputs if isinstance(operand, Affine)]
+    return any(number.of(START) for number in (*numbers, *(view.offset for view in views)))
 
 
 def _load(name: str, given: Array | None, target: Array) -> None:

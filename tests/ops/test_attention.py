@@ -145,6 +145,34 @@ def test_fewer_or_more_queries_than_tokens(make: Make, sizes: list[tuple[int, in
     np.testing.assert_allclose(reference_out, np.where(expected == UNTOUCHED, 0, expected), rtol=1e-4, atol=2e-5)
 
 
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(st.data(), st.sampled_from(LAYOUTS), st.none() | st.integers(0, 12))
+def test_some_of_the_queries(data: st.DataObject, make: Make, window: int | None) -> None:
+    """Those from number `first` on, of one segment or several, with all keys; spans count all queries."""
+    segments, spans, tokens, queries = [], [], 0, 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        length = data.draw(st.integers(1, 90))
+        count = length if window is not None else data.draw(st.integers(0, 9))
+        gap = 0 if window is not None else data.draw(st.integers(0, 2))
+        segments.append((tokens, tokens + length))
+        spans.append((queries + gap, queries + gap + count))
+        tokens, queries = tokens + length, queries + gap + count
+    _, k, v = make(tokens, (4, 2), 8)
+    q, _, _ = make(max(queries, 1), (4, 2), 8)
+    first = data.draw(st.integers(0, len(q) - 1))
+    held = slice(first, data.draw(st.integers(first + 1, len(q))))
+    expected = expected_of(q, k, v, segments, 0.3, spans, window)[held]
+    out = torch.full(q[held].shape, UNTOUCHED)
+    attention_out(q[held], k, v, *tables(spans, segments), 0.3, out, window, first)
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=1e-4, atol=2e-5)
+    found = reference(q[held], k, v, *tables(spans, segments), 0.3, window, first)
+    np.testing.assert_allclose(found, np.where(expected == UNTOUCHED, 0, expected), rtol=1e-4, atol=2e-5)
+    bound = torch.full(q[held].shape, UNTOUCHED)
+    args = [q[held], k, v, *tables(spans, segments), 0.3, window, first]
+    operator("dllmc.attention.default").bind(args, [bound], None)()
+    assert torch.equal(bound, out)
+
+
 def tables(*spans: Spans) -> list[Tensor]:
     """Each as the operator takes it: [segments, 2] int64."""
     return [torch.tensor(listed, dtype=torch.int64).view(-1, 2) for listed in spans]

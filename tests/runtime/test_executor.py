@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import SYMBOLS, Affine, DType, Instruction, Program, Tensor, View
+from dllmc.ir.program import SYMBOLS, Affine, DType, ForRows, Instruction, Program, Tensor, View
 from dllmc.ops.registry import Operator, operator
 from dllmc.runtime import executor as executor_module
 from dllmc.runtime.executor import Executor
+from tests.loops import CHUNK, START, rows_of
 from tests.programs import MAXIMA, ROWS, TOKENS, planned, shape, tensor, whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -289,3 +290,51 @@ def test_weights_of_other_programs_are_not_mistaken_for_inputs(weights: dict[str
     """An artifact's weights are those of all its programs; only the names that this one declares are weights here."""
     executor = Executor(planned(hand_written()), {**weights, "scale": torch.full((9,), 7.0), "%e": torch.zeros(1)})
     check(executor, weights, 5, 2)
+
+
+def in_chunks(chunk: int) -> Program:
+    """Rows of `x` squared in a chunk, `w` taken of them; then each row more by how many were before its iteration."""
+    x, y, c = tensor(TOKENS, WIDTH), tensor(TOKENS, OUT), tensor(CHUNK, WIDTH)
+    rows, squares, made = rows_of("x", x, TOKENS), whole("%c", c), rows_of("%y", y, TOKENS)
+    body = (
+        Instruction("aten.square.default", (rows,), (squares,)),
+        Instruction("aten.linear.default", (squares, whole("w", SHAPES["w"]), None), (made,)),
+        Instruction("aten.add.Scalar", (made, START), (made,)),
+    )
+    program = Program(
+        "chunks",
+        {**MAXIMA, "chunk": chunk},
+        {"x": x},
+        {"w": SHAPES["w"]},
+        {"%y": y, "%c": c},
+        (ForRows(TOKENS, body),),
+        {"y": whole("%y", y)},
+    )
+    return planned(program)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 9, 20])
+def test_a_loop_computes_every_row_once(chunk: int) -> None:
+    """In chunks that fill the step, leave a short one, or are longer than it; again after steps of other sizes."""
+    generator = np.random.default_rng(0)
+    w = torch.from_numpy(generator.normal(size=(OUT, WIDTH)).astype(np.float32))
+    executor = Executor(in_chunks(chunk), {"w": w})
+    for tokens in (9, 1, 4, 5, 9, 3):
+        x = generator.normal(size=(tokens, WIDTH)).astype(np.float32)
+        found = executor.run({**MAXIMA, "tokens": tokens}, {"x": x})["y"]
+        expected = (x.astype(np.float64) ** 2) @ w.double().numpy().T + (np.arange(tokens) // chunk * chunk)[:, None]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_of_another_shape_in_a_loop_is_refused() -> None:
+    """Torch resizes what it is given, and the rows would be elsewhere: the error names the call and both shapes."""
+    program = in_chunks(4)
+    (loop,) = program.instructions
+    assert isinstance(loop, ForRows)
+    wider = replace(loop.body[0], inputs=(whole("w", SHAPES["w"]),))
+    bad = replace(program, instructions=(replace(loop, body=(wider, *loop.body[1:])),))
+    executor = Executor(bad, {"w": torch.ones(OUT, WIDTH)})
+    with pytest.raises(
+        ProgramError, match=r"call 0 \(aten.square.default\): '%c' has shape \[4, 6\], its result \[8, 6\]"
+    ):
+        executor.run({**MAXIMA, "tokens": 5}, {"x": np.ones((5, WIDTH), np.float32)})
