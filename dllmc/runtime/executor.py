@@ -32,6 +32,7 @@ MAX_BINDINGS = 64
 MAX_BOUND_CALLS = 1 << 13
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_Written = tuple[Instruction, Sizes, list[torch.Tensor]]
 
 
 class Executor:
@@ -53,10 +54,11 @@ class Executor:
         binding = self._bindings.get(key) or _Binding(self.memory, sizes)
         for name, target in binding.inputs.items():
             _load(name, inputs.get(name), target)
-        for call in binding.calls:
-            call()
-        if key not in self._bindings:
-            binding.check_outputs()
+        if key in self._bindings:
+            for call in binding.calls:
+                call()
+        else:
+            binding.run_first()
             self._bindings[key] = binding
         self._bindings.move_to_end(key)
         while len(self._bindings) > 1 and (len(self._bindings) > MAX_BINDINGS or self._bound_calls() > MAX_BOUND_CALLS):
@@ -79,25 +81,36 @@ class _Binding:
         self.inputs: dict[str, Array] = {name: memory.tensor(name, sizes).numpy() for name in program.inputs}
         self.outputs: dict[str, Array] = {n: memory.view(v, sizes).numpy() for n, v in program.outputs.items()}
         self.calls: list[Callable[[], object]] = []
-        self.written: list[tuple[Instruction, Sizes, list[torch.Tensor]]] = []
-        bound: dict[tuple[int, int], Callable[[], object]] = {}  # of what is the same in iterations of as many rows
+        self.written: list[_Written] = []
+        self._writes: list[_Written] = []  # of each call
+        bound: dict[tuple[int, int], int] = {}  # what is the same in iterations of as many rows is bound once
+        binds: list[Callable[[], object]] = []
         for instruction, here in _unrolled(program, sizes):
             key = id(instruction), here.get(CHUNK, 0)
             if key not in bound or _moves(instruction):
                 outs = [memory.view(view, here) for view in instruction.outputs]
-                bound[key] = _bind(memory, here, instruction, outs)
+                bound[key] = len(binds)
+                binds.append(_bind(memory, here, instruction, outs))
                 self.written.append((instruction, here, outs))
-            self.calls.append(bound[key])
+            self.calls.append(binds[bound[key]])
+            self._writes.append(self.written[bound[key]])
 
-    def check_outputs(self) -> None:
-        """After the first run: torch resizes an `out=` of the wrong shape, and then writes beyond it."""
-        for instruction, sizes, outs in self.written:
+    def run_first(self) -> None:
+        """Run, and check each result: torch resizes an `out=` of the wrong shape, and then writes beyond it."""
+        for call, (instruction, sizes, outs) in zip(self.calls, self._writes, strict=True):
+            try:
+                call()
+            except RuntimeError as error:
+                raise ProgramError(f"{self._where(instruction)}: {error}") from error
             for view, out in zip(instruction.outputs, outs, strict=True):
                 planned = [dim.at(sizes) for dim in view.shape]
                 if list(out.shape) != planned:
-                    index = next(n for n, (i, _) in enumerate(self.program.calls()) if i is instruction)
-                    where = f"program {self.program.name!r}: instruction {index} ({instruction.op})"
-                    raise ProgramError(f"{where}: {view.base!r} has shape {planned}, its result {list(out.shape)}")
+                    found = f"{view.base!r} has shape {planned}, its result {list(out.shape)}"
+                    raise ProgramError(f"{self._where(instruction)}: {found}")
+
+    def _where(self, instruction: Instruction) -> str:
+        index = next(n for n, (call, _) in enumerate(self.program.calls()) if call is instruction)
+        return f"program {self.program.name!r}: instruction {index} ({instruction.op})"
 
 
 def _unrolled(program: Program, sizes: Sizes) -> Iterator[tuple[Instruction, Sizes]]:

@@ -45,19 +45,14 @@ CLEAR = 1e-3
 def orders(draw: st.DrawFn) -> tuple[Pass, ...]:
     """The passes that are needed and some of the others, each behind those that ensure what it requires."""
     chosen = [name for name in OPTIONAL if draw(st.sampled_from((True, True, False)))]
-    again = [name for name in OPTIONAL if name != "chunk-activations"]
-    chosen += draw(st.lists(st.sampled_from(again), max_size=2))
+    chosen += draw(st.lists(st.sampled_from(OPTIONAL), max_size=2))
     passes = [pipeline.lookup(name)() for name in (*NEEDED, *chosen)]
-    chunk = draw(st.sampled_from((0, 1, 3, 7, 50)))
-    passes = [ChunkActivations(chunk) if isinstance(p, ChunkActivations) else p for p in passes]
     chunk = draw(st.integers(0, 9))
     passes = [ChunkActivations(chunk) if type(p) is ChunkActivations else p for p in passes]
     facts: nx.DiGraph[type[Pass]] = order.dependencies({type(p) for p in passes})
     facts.add_edge(RemoveNoops, PackTokens)  # which refuses conversions and copies as it does any call it does not know
     facts.add_edges_from((p, PlanMemory) for p in (ReuseInPlace, FitBudget))  # which undo a plan
-    facts.add_edge(ReuseInPlace, PlanMemory)
-    for name in BEFORE_LOOPS:
-        facts.add_edge(pipeline.lookup(name), ChunkActivations)
+    facts.add_edges_from((pipeline.lookup(name), ChunkActivations) for name in BEFORE_LOOPS)
     placed: list[Pass] = []
     while passes:
         left = {type(p) for p in passes}

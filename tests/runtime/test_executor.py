@@ -327,14 +327,12 @@ def test_a_loop_computes_every_row_once(chunk: int) -> None:
 
 
 def test_a_result_of_another_shape_in_a_loop_is_refused() -> None:
-    """Torch resizes what it is given, and the rows would be elsewhere: the error names the call and both shapes."""
+    """Torch resizes what it is given, or cannot, and the rows would be elsewhere: the error names the call."""
     program = in_chunks(4)
     (loop,) = program.instructions
     assert isinstance(loop, ForRows)
     wider = replace(loop.body[0], inputs=(whole("w", SHAPES["w"]),))
     bad = replace(program, instructions=(replace(loop, body=(wider, *loop.body[1:])),))
     executor = Executor(bad, {"w": torch.ones(OUT, WIDTH)})
-    with pytest.raises(
-        ProgramError, match=r"call 0 \(aten.square.default\): '%c' has shape \[4, 6\], its result \[8, 6\]"
-    ):
+    with pytest.raises(ProgramError, match=r"instruction 0 \(aten.square.default\): .*(result \[8, 6\]|resize)"):
         executor.run({**MAXIMA, "tokens": 5}, {"x": np.ones((5, WIDTH), np.float32)})
