@@ -151,7 +151,7 @@ def test_no_product_is_made_twice_and_loops_are_in_one_piece(style: str) -> None
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("chunk", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 1000))])
 def test_what_is_computed_stays(style: str, chunk: int) -> None:
     """The graph before and after the pass, and the program: the numeric check compares them on random steps."""
     text = pipeline.DEFAULT_PIPELINE.replace("chunk-activations", f"chunk-activations{{chunk={chunk}}}")
