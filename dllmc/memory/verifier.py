@@ -74,9 +74,8 @@ def _check_views(program: Program, instruction: Instruction, loop: ForRows | Non
 
 
 def _replay(program: Program, instruction: Instruction, where: str, arena: "_Arena") -> None:
-    read = list(dict.fromkeys(view.base for view in instruction.reads() if view.base in program.buffers))
-    if _in_place(instruction):
-        read.remove(instruction.outputs[0].base)
+    own = instruction.outputs[0].base if _in_place(instruction) else None
+    read = list(dict.fromkeys(v.base for v in instruction.reads() if v.base in program.buffers and v.base != own))
     workspace = () if instruction.workspace is None else (instruction.workspace,)
     written = [*(view.base for view in instruction.outputs), *workspace]
     used = [*read, *written]
@@ -85,8 +84,8 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
             raise ProgramError(f"{where} writes {name!r}, which is no buffer")
         if used.count(name) > 1:
             raise ProgramError(f"{where} writes {name!r}, which it uses for something else too")
-    if _in_place(instruction):
-        arena.check(instruction.outputs[0].base, where)
+    if own is not None:
+        arena.check(own, where)
     for view in instruction.outputs:
         if not _fills(view, program.buffers[view.base]):  # then the rest of the buffer must be its own already
             arena.check(view.base, f"{where} writes a part")
