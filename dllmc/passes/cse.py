@@ -5,13 +5,16 @@ from typing import Any
 
 from torch import fx
 
-from dllmc.ir.step_graph import StepGraph
+from dllmc.ir.step_graph import StepGraph, loop_of
 from dllmc.passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)
 class CommonSubexpressions(Pass):
-    """Replace a call by an earlier one with the same operator and arguments; every operator here is pure."""
+    """Replace a call by an earlier one with the same operator and arguments; every operator here is pure.
+
+    Of calls in loops, those in one: what several loops compute is not to be kept between them.
+    """
 
     name = "cse"
     requires = ("flat",)
@@ -29,7 +32,7 @@ class CommonSubexpressions(Pass):
 
 
 def _key(node: fx.Node) -> Any:
-    return node.target, _hashable(node.args), _hashable(tuple(sorted(node.kwargs.items())))
+    return loop_of(node), node.target, _hashable(node.args), _hashable(tuple(sorted(node.kwargs.items())))
 
 
 def _hashable(value: Any) -> Any:

@@ -35,7 +35,7 @@ NEEDED = (
 OPTIONAL = tuple(name for name in pipeline.REGISTRY if name not in NEEDED)
 
 # Passes that look at a graph as one sequence of calls, and take what they compute alike from one loop to another.
-BEFORE_LOOPS = ("fold-constants", "remove-noops", "respell-linears", "cse")
+BEFORE_LOOPS = ("fold-constants", "remove-noops", "respell-linears")
 
 # A token is compared where its logit leads by more than rounding makes.
 CLEAR = 1e-3

@@ -13,6 +13,7 @@ from dllmc.ir.program import CHUNK, ForRows
 from dllmc.ir.step_graph import Loop, StepGraph, loop_of
 from dllmc.passes import pipeline
 from dllmc.passes.chunk_activations import ChunkActivations
+from dllmc.passes.cse import CommonSubexpressions
 from dllmc.passes.plan_memory import planned
 from dllmc.passes.sizing import resized
 from dllmc.spec import ModelSpec
@@ -193,3 +194,9 @@ def test_rows_are_gathered_of_the_residual_stream(shifted: bool) -> None:
     whole = [node for node in sources if isinstance(node, fx.Node) and loop_of(node) is not None]
     assert len(whole) == 1
     assert whole[0].target is aten.add.Tensor
+
+
+def test_what_two_loops_compute_is_not_merged() -> None:
+    """Cse leaves to each loop what it computes again, so that nothing more is kept."""
+    step = looped(Model(), TWO_LAYERS)
+    assert not CommonSubexpressions().run(step).modified
