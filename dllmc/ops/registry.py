@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops import attention, decode_head, elementwise, glu, guide_rows, linear, norms, rope
+from dllmc.ops import attention, decode_head, elementwise, glu, guide_rows, keep, linear, norms, rope
 from dllmc.ops.facts import POINTWISE
 
 _POINTWISE = frozenset(map(str, POINTWISE))
@@ -26,6 +26,7 @@ class Operator:
     `options`: the keyword options that `bind` takes, behind the positional operands, in the order of the schema.
     `first_row`: the operand, if any, that tells a call on some rows how many are before them.
     `in_place`: the operands whose memory the first output may be, element for element.
+    `updates`: the operand, if any, that the call writes where it is; it is the output.
     """
 
     bind: Bind
@@ -33,6 +34,7 @@ class Operator:
     options: tuple[str, ...] = ()
     first_row: int | None = None
     in_place: tuple[int, ...] = ()
+    updates: int | None = None
 
 
 OPERATORS: dict[str, Operator] = {
@@ -47,6 +49,7 @@ OPERATORS: dict[str, Operator] = {
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.glu.default": Operator(glu.bind, in_place=(0,)),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
+    "dllmc.keep.default": Operator(keep.bind, updates=0),
     "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
     "dllmc.rope.default": Operator(rope.bind, rope.workspace_of, in_place=(0,)),
     **{
