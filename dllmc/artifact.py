@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dllmc.errors import ArtifactError, ConfigError, ProgramError
 from dllmc.ir import trace as traces
-from dllmc.ir.program import Program
+from dllmc.ir.program import PAGES, Program
 from dllmc.ir.program_json import from_json, to_json
 from dllmc.memory.verifier import verify
 from dllmc.ops.registry import operator
@@ -57,6 +57,14 @@ class Artifact:
         """Bytes of `weights`, `arena`, `kv_pool`, `state`, and their `total`: all that an engine allocates."""
         memory: Mapping[str, int] = self.manifest["memory"]
         return memory
+
+    def with_pages(self, pages: int) -> "Artifact":
+        """The same with another number of pages in the KV pool."""
+        programs = {
+            name: replace(program, maxima={**program.maxima, PAGES: pages}) if program.caches else program
+            for name, program in self.programs.items()
+        }
+        return replace(self, programs=programs, manifest={**self.manifest, "memory": _memory(programs)})
 
     def load_weights(self) -> dict[str, torch.Tensor]:
         """Every weight and constant by name, memory-mapped."""
@@ -205,7 +213,7 @@ def _memory(programs: Mapping[str, Program]) -> dict[str, int]:
     parts = {
         "weights": max(program.weight_bytes for program in programs.values()),
         "arena": max(program.arena_bytes or 0 for program in programs.values()),
-        "kv_pool": 0,
+        "kv_pool": max(program.cache_bytes for program in programs.values()),
         "state": max(program.state_bytes for program in programs.values()),
     }
     return parts | {"total": sum(parts.values())}

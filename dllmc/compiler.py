@@ -1,7 +1,7 @@
 """The whole compiler: open the model, capture a step, run the passes, write the artifact."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ from dllmc import artifact
 from dllmc.artifact import Artifact
 from dllmc.capture import capture
 from dllmc.errors import ConfigError, PassError
+from dllmc.ir.program import PAGES
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.trace import Trace
 from dllmc.models import checkpoint
@@ -21,7 +22,9 @@ from dllmc.passes.base import Observer, Pass, Values
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.fit_budget import FitBudget
 from dllmc.passes.recorder import Recorder
+from dllmc.passes.sizing import with_rows
 from dllmc.passes.verify import NumericCheck
+from dllmc.runtime.arena import Memory
 from dllmc.runtime.executor import Executor
 from dllmc.spec import ModelSpec
 
@@ -30,7 +33,7 @@ VERIFY = ("none", "numeric")
 MAX_TOKENS_PER_STEP = 4096
 MAX_LOGIT_ROWS = 1024
 # The input that is as long as each size of a step.
-_SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "segments": "segments"}
+_SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "segments": "segments", "active": "active"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class CompileOptions:
     def maxima(self) -> dict[str, int]:
         """The largest sizes of a step, in the program's symbols; a budget may make them smaller."""
         tokens, rows = self.max_tokens_per_step or MAX_TOKENS_PER_STEP, self.max_logit_rows or MAX_LOGIT_ROWS
-        return {"tokens": tokens, "rows": rows, "guided": rows, "segments": self.max_requests}
+        return with_rows({"tokens": tokens, "segments": self.max_requests}, rows)
 
 
 def compile(
@@ -121,7 +124,7 @@ def compile(
     return artifact.write(
         Path(out),
         spec=spec,
-        programs={step.program.name: step.program},
+        programs={program.name: program for program in (step.program, *step.phases.values())},
         tensors=step.tensors,
         tokenizer_files=tokenizer_files,
         options=asdict(options) | {"passes": pipeline.text_of(options.pipeline)},
@@ -163,11 +166,16 @@ class _Stages(Observer):
 
 
 def _execute(step: StepGraph, inputs: Values) -> Values:
-    """Run a planned program as an engine does."""
+    """Run a planned program as an engine does, on caches as large as they are given."""
     assert step.program is not None
-    sizes = {symbol: len(inputs[name]) for symbol, name in _SIZED_BY.items()}
-    executor = Executor(step.program, {name: step.tensors[name] for name in step.program.weights})
-    outputs = executor.run(sizes, {name: inputs[name].numpy() for name in step.program.inputs})
+    program = step.program
+    pages = {PAGES: inputs[name].shape[2] for name in program.caches}
+    program = replace(program, maxima={**program.maxima, **pages})
+    memory = Memory([program], {name: step.tensors[name] for name in program.weights})
+    for name in program.caches:
+        memory.tensor(program, name, pages).copy_(inputs[name])
+    sizes = {symbol: len(inputs.get(name, ())) for symbol, name in _SIZED_BY.items()}
+    outputs = Executor(program, memory).run(sizes, {name: inputs[name].numpy() for name in program.inputs})
     return {name: torch.from_numpy(value.copy()) for name, value in outputs.items()}
 
 

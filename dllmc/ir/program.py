@@ -6,19 +6,23 @@ instructions. A program names operators, never code: `dllmc.ops.registry` is the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 from dllmc.errors import ProgramError
 
-SYMBOLS = ("tokens", "rows", "guided", "segments")
-"""The sizes of a step: packed tokens, rows of the head, rows of those that are guided, segments of tokens."""
+SYMBOLS = ("tokens", "rows", "guided", "segments", "active")
+"""The sizes of a step: packed tokens, rows of the head, rows of those that are guided, segments of tokens, and tokens
+of the active spans of the segments that a Refresh caches."""
+
+PAGES = "pages"
+"""The size of an engine, the same in all of its steps: pages of the KV pool."""
 
 CHUNK, START = "chunk", "start"
 """Sizes within a `ForRows`: the rows of an iteration, and those before it."""
 
-LEAST = {"tokens": 1, "rows": 1, "guided": 0, "segments": 1, CHUNK: 1, START: 0}
-"""The smallest sizes that a step, or an iteration, can have."""
+LEAST = {"tokens": 1, "rows": 1, "guided": 0, "segments": 1, "active": 0, PAGES: 1, CHUNK: 1, START: 0}
+"""The smallest sizes that a step, an engine, or an iteration can have."""
 
 Sizes = Mapping[str, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -134,7 +138,8 @@ class ForRows:
 class Program:
     """A phase's step. `maxima` are the sizes that offsets were planned for; a step may be smaller, never larger.
 
-    `chunk` is among them where there is a `ForRows`: the rows of an iteration.
+    `chunk` is among them where there is a `ForRows`: the rows of an iteration; and `pages` where there are caches: what
+    an engine's pool has. `caches` keep their contents from step to step.
     """
 
     name: str
@@ -146,6 +151,7 @@ class Program:
     outputs: dict[str, View]
     arena_bytes: int | None = None
     lower_bound_bytes: int | None = None
+    caches: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def state_bytes(self) -> int:
@@ -156,6 +162,21 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of all weights and constants."""
         return sum(t.size_bytes(self.maxima) for t in self.weights.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV pool: of its pages in all caches."""
+        return sum(aligned(t.size_bytes(self.maxima)) for t in self.caches.values())
+
+    @property
+    def page_tokens(self) -> int:
+        """Slots of a page, the same in all caches [2, kv_heads, pages, page_tokens, head_dim]; 0 without caches."""
+        return next((cache.shape[3].constant for cache in self.caches.values()), 0)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all caches together."""
+        return sum(aligned(cache.size_bytes({PAGES: 1})) for cache in self.caches.values())
 
     def calls(self) -> Iterator[tuple[Instruction, ForRows | None]]:
         """Every instruction once, in order, and the `ForRows` that it is in; lifetimes count these."""
@@ -176,11 +197,11 @@ class Program:
         return base in self.buffers and any(dim.of(CHUNK) for dim in self.buffers[base].shape)
 
     def tensor(self, base: str) -> Tensor:
-        """The input, weight or buffer of that name."""
-        for group in (self.buffers, self.weights, self.inputs):
+        """The input, weight, buffer or cache of that name."""
+        for group in (self.buffers, self.weights, self.inputs, self.caches):
             if base in group:
                 return group[base]
-        raise ProgramError(f"program {self.name!r}: no input, weight or buffer is named {base!r}")
+        raise ProgramError(f"program {self.name!r}: no input, weight, buffer or cache is named {base!r}")
 
 
 def aligned(size_bytes: int) -> int:

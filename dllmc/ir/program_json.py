@@ -13,6 +13,7 @@ from dllmc.errors import ProgramError
 from dllmc.ir.program import (
     CHUNK,
     DTYPE_BYTES,
+    PAGES,
     START,
     SYMBOLS,
     Affine,
@@ -30,8 +31,8 @@ from dllmc.ir.program import (
 # No memory holds more bytes, and no shape more dimensions; products of so few numbers so small stay printable.
 MAX_BITS = 48
 MAX_DIMENSIONS = 64
-GROUPS = ("inputs", "weights", "buffers")
-_SIZES = (*SYMBOLS, CHUNK, START)
+GROUPS = ("inputs", "weights", "buffers", "caches")
+_SIZES = (*SYMBOLS, PAGES, CHUNK, START)
 
 T = TypeVar("T")
 Tensors = Mapping[str, Tensor]
@@ -114,7 +115,7 @@ def _program_from(data: Any, where: str) -> Program:
     document = _fields(data, where, {f.name for f in fields(Program)})
     instructions = _typed(document["instructions"], list, f"{where}: instructions")
     loops = any(isinstance(item, dict) and "for_rows" in item for item in instructions)
-    sizes = (*SYMBOLS, CHUNK) if loops else SYMBOLS
+    sizes = (*SYMBOLS, *([CHUNK] if loops else ()), *([PAGES] if document["caches"] else ()))
     maxima = _fields(document["maxima"], f"{where}: maxima", set(sizes))
     groups = {
         group: {
@@ -135,6 +136,7 @@ def _program_from(data: Any, where: str) -> Program:
         inputs=groups["inputs"],
         weights=groups["weights"],
         buffers=groups["buffers"],
+        caches=groups["caches"],
         instructions=tuple(
             _item_from(entry, groups["buffers"], tensors, f"{where}: instructions[{number}]")
             for number, entry in enumerate(instructions)
@@ -165,7 +167,7 @@ def _item_from(data: Any, buffers: Tensors, tensors: Tensors, where: str) -> Ins
         return _instruction_from(data, buffers, tensors, where)
     entry = _fields(data, where, {"for_rows", "body"})
     extent = _affine_from(entry["for_rows"], f"{where}.for_rows")
-    ok = bool(extent.terms) and not {START, CHUNK} & dict(extent.terms).keys()
+    ok = bool(extent.terms) and dict(extent.terms).keys() <= set(SYMBOLS)
     _require(ok, f"{where}.for_rows", f"a size in {', '.join(SYMBOLS)}", entry["for_rows"])
     body = _typed(entry["body"], list, f"{where}.body")
     return ForRows(
@@ -214,7 +216,7 @@ def _view_from(data: Any, tensors: Tensors, where: str) -> View:
     entry = _typed(data, dict, where)
     entry = _fields(entry, where, {"view"} if len(entry) == 1 else {"view", "shape", "strides", "offset"})
     base = _typed(entry["view"], str, f"{where}.view")
-    _require(base in tensors, f"{where}.view", "the name of an input, a weight or a buffer", base)
+    _require(base in tensors, f"{where}.view", "the name of an input, a weight, a buffer or a cache", base)
     if len(entry) == 1:
         shape = tensors[base].shape
         return View(base, shape, dense_strides(shape))

@@ -19,12 +19,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from dllmc.errors import CaptureError
-from dllmc.ir.program import SYMBOLS, Affine, Program
+from dllmc.ir.program import PAGES, SYMBOLS, Affine, Program
 from dllmc.ir.provenance import describe
 from dllmc.spec import ModelSpec
 
 # Sizes that fake propagation may assume for a symbol; distinct, so that no two are ever taken for one.
-HINTS = dict(zip(SYMBOLS, (23, 11, 7, 5), strict=True))
+HINTS = dict(zip((*SYMBOLS, PAGES), (23, 11, 7, 5, 17, 19), strict=True))
 
 # What a node's place is taken from: what export notes of where it came from, and the loop that it is in.
 _ORIGIN = ("stack_trace", "nn_module_stack", "loop")
@@ -45,9 +45,9 @@ def loop_of(node: fx.Node) -> Loop | None:
 
 @dataclass(frozen=True)
 class Role:
-    """What a placeholder is, and its name: a weight's in the model, an input's or a constant's in the program."""
+    """What a placeholder is, and its name: a weight's in the model, any other's in the program."""
 
-    kind: Literal["input", "weight", "constant"]
+    kind: Literal["input", "weight", "constant", "cache"]
     name: str
 
 
@@ -71,7 +71,8 @@ class StepGraph:
     """A step on its way through the passes. `lower` sets `program`, `plan-memory` its offsets.
 
     `tensors`: weights and constants by name; weights may lie on the meta device. `maxima`: the largest sizes of a
-    step. `outputs` names what the graph returns, in order.
+    step. `outputs` names what the graph returns, in order. `phases` are the parts of the program for steps that need
+    no more, by name.
     """
 
     module: fx.GraphModule
@@ -83,6 +84,7 @@ class StepGraph:
     symbols: dict[sympy.Symbol, str]
     outputs: tuple[str, ...] = ("logits",)
     program: Program | None = None
+    phases: dict[str, Program] = field(default_factory=dict)
     _sizes: dict[str, SymInt] = field(default_factory=dict)
 
     @property
@@ -159,6 +161,14 @@ class StepGraph:
         with self.fake_mode:
             value = torch.empty(tuple(shape), dtype=dtype)
         return self._add_placeholder(Role("input", name), value)
+
+    def add_cache(self, heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype) -> fx.Node:
+        """A new cache of keys and values, [2, heads, pages, page_tokens, head_dim], kept from step to step."""
+        name = f"cache.{sum(role.kind == 'cache' for role in self.roles.values())}"
+        pages = self.size(PAGES)
+        with self.fake_mode:
+            value = torch.empty(2, heads, pages, page_tokens, head_dim, dtype=dtype)
+        return self._add_placeholder(Role("cache", name), value)
 
     def join_weights(self, weights: Sequence[fx.Node]) -> fx.Node:
         """A new weight: those of the given placeholders one after the other along their first axis."""

@@ -11,6 +11,7 @@ from dllmc.ir.program import (
     ALIGNMENT_BYTES,
     CHUNK,
     LEAST,
+    PAGES,
     START,
     SYMBOLS,
     Affine,
@@ -38,7 +39,7 @@ def verify(program: Program) -> None:
     """
     if program.arena_bytes is None:
         raise ProgramError(f"program {program.name!r} has no memory plan; run plan-memory")
-    for name, tensor in (program.inputs | program.weights | program.buffers).items():
+    for name, tensor in (program.inputs | program.weights | program.buffers | program.caches).items():
         _check_shape(name, tensor, program)
     ranges = {name: _bytes_of(name, buffer, program) for name, buffer in program.buffers.items()}
     arena = _Arena(ranges)
@@ -77,7 +78,8 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
     own = instruction.outputs[0].base if _in_place(instruction) else None
     read = list(dict.fromkeys(v.base for v in instruction.reads() if v.base in program.buffers and v.base != own))
     workspace = () if instruction.workspace is None else (instruction.workspace,)
-    written = [*(view.base for view in instruction.outputs), *workspace]
+    outputs = instruction.outputs[1:] if _updates_cache(program, instruction, where) else instruction.outputs
+    written = [*(view.base for view in outputs), *workspace]
     used = [*read, *written]
     for name in written:
         if name not in program.buffers:
@@ -86,13 +88,26 @@ def _replay(program: Program, instruction: Instruction, where: str, arena: "_Are
             raise ProgramError(f"{where} writes {name!r}, which it uses for something else too")
     if own is not None:
         arena.check(own, where)
-    for view in instruction.outputs:
+    for view in outputs:
         if not _fills(view, program.buffers[view.base]):  # then the rest of the buffer must be its own already
             arena.check(view.base, f"{where} writes a part")
     for name in written:
         arena.write(name)
     for name in used:  # nothing that an instruction uses may lie on what it writes
         arena.check(name, where)
+
+
+def _updates_cache(program: Program, instruction: Instruction, where: str) -> bool:
+    """Whether an instruction updates a cache: all of it, operand and first output in one."""
+    index = OPERATORS[instruction.op].updates if instruction.op in OPERATORS else None
+    if index is None:
+        return False
+    operand = instruction.inputs[index] if index < len(instruction.inputs) else None
+    if not isinstance(operand, View) or operand.base not in program.caches or instruction.outputs[:1] != (operand,):
+        raise ProgramError(f"{where}: expected operand {index} and the first output to be one cache, found {operand}")
+    if [view.base for view in instruction.reads()].count(operand.base) > 1:
+        raise ProgramError(f"{where} updates {operand.base!r}, which it uses for something else too")
+    return True
 
 
 def _in_place(instruction: Instruction) -> bool:
@@ -174,7 +189,8 @@ def _unrolled(view: View, loop: ForRows) -> View:
 def _check_shape(name: str, tensor: Tensor, program: Program) -> None:
     """Dimensions are never negative, and never shrink when a size of the step grows."""
     loops = CHUNK in program.maxima and name in program.buffers
-    _check_symbols(tensor.shape, (*SYMBOLS, CHUNK) if loops else SYMBOLS, repr(name))
+    known = (PAGES,) if name in program.caches else (*SYMBOLS, CHUNK) if loops else SYMBOLS
+    _check_symbols(tensor.shape, known, repr(name))
     for dim in tensor.shape:
         if dim.least(program.maxima) < 0 or any(coefficient < 0 for _, coefficient in dim.terms):
             raise ProgramError(f"{name!r}: a dimension of ({dim}) shrinks as a step grows, or is negative")
@@ -203,9 +219,8 @@ def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None
     if loop is not None:
         sizes = {**sizes, START: loop.extent.at(sizes)}
     described = f"{where}: a view of {view.base!r} (shape {_text(view.shape)}, strides {_text(view.strides)})"
-    _check_symbols(
-        (*view.shape, *view.strides, view.offset), SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), described
-    )
+    known = (*SYMBOLS, *(() if loop is None else (CHUNK, START)), *((PAGES,) if view.base in program.caches else ()))
+    _check_symbols((*view.shape, *view.strides, view.offset), known, described)
     if loop is None and program.is_chunk(view.base):
         raise ProgramError(f"{described} is used outside of the loop whose iterations write it")
     if min(part.least(sizes) for part in (*view.shape, *view.strides, view.offset)) < 0:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dllmc.ops import attention, decode_head, glu, norms, rope  # noqa: F401  (they register what is named here)
+from dllmc.ops import attention, decode_head, glu, keep, norms, rope  # noqa: F401  (they register what is named here)
 
 aten = torch.ops.aten
 dllmc = torch.ops.dllmc
@@ -106,7 +106,7 @@ _ALONG_LAST = frozenset(
 _ALONG_TRAILING = frozenset((aten.layer_norm.default, aten.rms_norm.default))
 # Operators that keep rows apart along these axes of their operands, taken together (None: the operand has no rows).
 _ALONG_AXES: Mapping[object, Sequence[tuple[int | None, ...]]] = {
-    dllmc.attention.default: tuple((0, *[None] * others) for others in (5, 6, 7)),
+    dllmc.attention.default: tuple((0, *[None] * others) for others in (5, 6, 7, 10)),
     dllmc.decode_head.default: ((0, None, None, None, 0, 0, 0, *[None] * 7),),
     dllmc.rope.default: ((0, 0, 0, None), (0, None, None, 0), (1, None, None, None)),
 }

@@ -26,6 +26,7 @@ from dllmc.ops.chunks import wide_dtype
 from dllmc.ops.library import library
 from dllmc.ops.segments import slot_runs
 
+KEEPING_FIELDS = 5
 # Tokens whose products with all mean queries are held at once.
 SCORE_CHUNK = 1024
 

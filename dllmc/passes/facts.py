@@ -16,6 +16,7 @@ from dllmc.ops.facts import argument, is_row_wise
 
 aten = torch.ops.aten
 ATTENTION = "dllmc.attention.default"
+KEEP = "dllmc.keep.default"
 DECODE_HEAD = "dllmc.decode_head.default"
 
 # Operators to which a size of the step is a shape; to any other it would be a value.
@@ -30,9 +31,9 @@ _TAKE_SIZES = (
 
 
 def mixing_call(step: StepGraph) -> str | None:
-    """The first call, attention aside, that mixes the tokens of a packed step; None if there is none."""
+    """The first call that mixes the tokens of a packed step, and is not attention or for it; None if there is none."""
     for node in step.calls():
-        if str(node.target) == ATTENTION or not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+        if str(node.target) in (ATTENTION, KEEP) or not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
             continue
         try:
             touched = [n for n in (node, *node.all_input_nodes) if step.axis_of(n) is not None]
@@ -44,12 +45,23 @@ def mixing_call(step: StepGraph) -> str | None:
 
 
 def _selects_rows(step: StepGraph, node: fx.Node) -> bool:
-    """Whether a call gathers the rows of the head, which select-logit-rows alone introduces."""
-    rows = step.input("rows")
+    """Whether a call gathers rows: those of the head (select-logit-rows), or of the active spans (cache-kv)."""
     index = node.args[2] if node.target is aten.index_select.default else None
-    return (
-        rows is not None and isinstance(index, fx.Node) and str(index.meta["val"].shape) == str(rows.meta["val"].shape)
-    )
+    shapes = [str(n.meta["val"].shape) for n in map(step.input, ("rows", "active")) if n is not None]
+    return isinstance(index, fx.Node) and str(index.meta["val"].shape) in shapes
+
+
+def depends_on(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is computed from another one, or is it."""
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        if (current := queue.pop()) is source:
+            return True
+        if current not in seen:
+            seen.add(current)
+            queue += current.all_input_nodes
+    return False
 
 
 def _flat(step: StepGraph) -> str | None:
@@ -95,7 +107,8 @@ def _lowered(step: StepGraph) -> str | None:
 
 def _planned(step: StepGraph) -> str | None:
     try:
-        verify(step.program) if step.program else None
+        for program in (step.program, *step.phases.values()):
+            verify(program) if program else None
     except ProgramError as error:
         return str(error)
     return None

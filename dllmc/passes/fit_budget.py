@@ -1,13 +1,13 @@
 """The sizes of a step are chosen so that weights, arena and state fit a budget."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dllmc.errors import BudgetError, PassError
-from dllmc.ir.program import CHUNK, Program
+from dllmc.ir.program import CHUNK, PAGES, Program
 from dllmc.ir.step_graph import StepGraph
 from dllmc.passes.base import Pass, PassResult
 from dllmc.passes.plan_memory import planned
-from dllmc.passes.sizing import resized, total_bytes
+from dllmc.passes.sizing import resized, total_bytes, with_rows, with_tokens
 
 # What is made smaller until the step fits, and to what at least, in turn: rows and tokens give way first where that
 # costs no work, and chunks that keep a matrix product efficient last.
@@ -28,7 +28,8 @@ class FitBudget(Pass):
     """Make chunks, and as far as they may be chosen rows and tokens, as large as fits `bytes`; 0 is no budget.
 
     The sizes that the step was captured for are the largest. A size is given up in the order of `STEPS`, and no more of
-    it than is needed. Raises `BudgetError` with the smallest budget that would do.
+    it than is needed. The KV pool holds at least what a step of the largest sizes may cache, and all that is left.
+    Raises `BudgetError` with the smallest budget that would do.
     """
 
     name = "fit-budget"
@@ -53,27 +54,29 @@ class FitBudget(Pass):
             fitted = self._fit_bound(program, self.bytes - spare)
             excess = total_bytes(planned(fitted)) - self.bytes
             if excess <= 0:
-                return fitted
+                pages = {PAGES: fitted.maxima[PAGES] + -excess // fitted.page_bytes} if fitted.caches else {}
+                return replace(fitted, maxima=fitted.maxima | pages)
             spare += excess
 
     def _fit_bound(self, program: Program, budget: int) -> Program:
-        maxima = _with(program.maxima, "tokens", program.maxima["tokens"])
+        maxima = with_tokens(program, program.maxima, program.maxima["tokens"])
         for size, least in STEPS:
             if size in self._sizes(program) and total_bytes(resized(program, maxima)) > budget:
                 low, high = min(least, maxima[size]), maxima[size]
                 while low < high:  # the most that fits, or the least allowed
                     middle = (low + high + 1) // 2
-                    if total_bytes(resized(program, _with(maxima, size, middle))) <= budget:
+                    if total_bytes(resized(program, _with(program, maxima, size, middle))) <= budget:
                         low = middle
                     else:
                         high = middle - 1
-                maxima = _with(maxima, size, low)
+                maxima = _with(program, maxima, size, low)
         fitted = resized(program, maxima)
         if total_bytes(fitted) > budget:
             needed = total_bytes(planned(fitted))
             raise BudgetError(
                 f"a memory budget of {self.bytes} bytes is too small: weights take {fitted.weight_bytes}, state "
-                f"{fitted.state_bytes}, and the arena {needed - fitted.weight_bytes - fitted.state_bytes} for steps of "
+                f"{fitted.state_bytes}, the KV pool {fitted.cache_bytes}, and the arena "
+                f"{needed - fitted.weight_bytes - fitted.state_bytes - fitted.cache_bytes} for steps of "
                 f"{', '.join(f'{value} {name}' for name, value in maxima.items())}; give {needed} bytes or more"
                 + ("" if self.tokens and self.rows else ", or let steps be smaller")
             )
@@ -85,9 +88,8 @@ class FitBudget(Pass):
         return [size for size, chosen in free.items() if chosen]
 
 
-def _with(maxima: dict[str, int], size: str, value: int) -> dict[str, int]:
-    """The sizes with one changed, and those that go with it: as many rows are guided, chunks are of tokens."""
-    changed = maxima | {size: value} | ({"guided": value} if size == "rows" else {})
-    if CHUNK in changed:
-        changed[CHUNK] = min(changed[CHUNK], changed["tokens"])
-    return changed
+def _with(program: Program, maxima: dict[str, int], size: str, value: int) -> dict[str, int]:
+    """The sizes with one changed, and those that go with it."""
+    if size == "tokens":
+        return with_tokens(program, maxima, value)
+    return with_rows(maxima, value) if size == "rows" else maxima | {size: value}

@@ -61,7 +61,7 @@ class Lower(Pass):
     Case 2: a reshape that cannot be a view, or a conversion, is a `copy`.
     Case 3: any other call writes new buffers, dense in the layout that the call gives its result in eager mode.
     Neighbouring calls of one loop become a `ForRows`: what they alone use has the rows of an iteration, and of all
-    else that they do not read whole they take the iteration's rows.
+    else that they do not read whole they take the iteration's rows. What a call updates is its result.
     """
 
     name = "lower"
@@ -89,13 +89,14 @@ class _Lowering:
         self.inputs: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
+        self.caches: dict[str, Tensor] = {}
         self.instructions: list[tuple[Loop | None, Instruction]] = []
         self.loop: Loop | None = None
         self.chunks = _used_by_one_loop(step)
         for node, role in step.placeholders():
             if node.users:
-                group = self.inputs if role.kind == "input" else self.weights
-                group[role.name] = self._tensor(node.meta["val"], describe(node))
+                groups = {"input": self.inputs, "cache": self.caches}
+                groups.get(role.kind, self.weights)[role.name] = self._tensor(node.meta["val"], describe(node))
                 self.home[_storage(node.meta["val"])] = role.name
 
     def call(self, node: fx.Node) -> None:
@@ -103,7 +104,15 @@ class _Lowering:
         results = _tensors(node)
         if all(_storage(v) in self.home for v in results):
             return
-        outputs = tuple(self._new_buffer(f"%{node.name}" + (f".{i}" if i else ""), v) for i, v in enumerate(results))
+        updated = OPERATORS[str(node.target)].updates if str(node.target) in OPERATORS else None
+        if updated is not None:
+            (result,) = results
+            self.home[_storage(result)] = self.home[_storage(node.args[updated].meta["val"])]  # type: ignore[union-attr]
+            outputs: tuple[View, ...] = (self._view(result),)
+        else:
+            outputs = tuple(
+                self._new_buffer(f"%{node.name}" + (f".{i}" if i else ""), v) for i, v in enumerate(results)
+            )
         if node.target in _COPIES:
             source = self._view(node.args[0].meta["val"])  # type: ignore[union-attr]
             if source.shape != outputs[0].shape:  # a reshape: the elements in the source's row-major order
@@ -123,18 +132,19 @@ class _Lowering:
         self.loop = None
         returned = dict(zip(self.step.outputs, self.step.output_nodes(), strict=True))
         return Program(
-            name="dense",
+            name="mixed" if self.caches else "dense",
             maxima=self.step.maxima,
             inputs=self.inputs,
             weights=self.weights,
             buffers=self.buffers,
+            caches=self.caches,
             instructions=tuple(_in_loops(self.instructions)),
             outputs={name: self._view(node.meta["val"]) for name, node in returned.items()},
         )
 
     def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
         call = Instruction(op, inputs, outputs, source=source_line(node))
-        if needed := workspace_bytes(call, self.buffers | self.weights | self.inputs, self.step.maxima):
+        if needed := workspace_bytes(call, self.buffers | self.weights | self.inputs | self.caches, self.step.maxima):
             call = replace(call, workspace=f"%{node.name}.workspace")
             self.buffers[f"%{node.name}.workspace"] = Tensor("uint8", (Affine(needed),))
         self.instructions.append((self.loop, call))

@@ -28,6 +28,7 @@ REGISTRY = {
     "lift-positions": "LiftPositions",
     "pack-tokens": "PackTokens",
     "select-logit-rows": "SelectLogitRows",
+    "cache-kv": "CacheKV",
     "fuse-head": "FuseHead",
     "chunk-activations": "ChunkActivations",
     "fuse-projections": "FuseProjections",
@@ -38,6 +39,7 @@ REGISTRY = {
     "reuse-in-place": "ReuseInPlace",
     "fit-budget": "FitBudget",
     "plan-memory": "PlanMemory",
+    "specialize-phase": "SpecializePhase",
 }
 """Pass name -> class name; the module is the name with underscores, imported on first use."""
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from dllmc.ir.program import ALIGNMENT_BYTES, Affine, Instruction, Program, Sizes, Tensor, View, aligned
+from dllmc.ir.program import ALIGNMENT_BYTES, CHUNK, PAGES, Affine, Instruction, Program, Sizes, Tensor, View, aligned
 from dllmc.memory import planner
 from dllmc.memory.liveness import lifetimes
 from dllmc.ops.registry import OPERATORS
@@ -25,12 +25,31 @@ def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], max
     return OPERATORS[instruction.op].workspace_bytes(largest)
 
 
+def with_rows(maxima: Mapping[str, int], rows: int) -> dict[str, int]:
+    """The largest sizes of a step with that many rows of the head.
+
+    All of them may be guided. The active spans that a Refresh caches are as long as the blocks whose rows these are,
+    on either side of a guided request, and a token longer in a shifted model.
+    """
+    return {**maxima, "rows": rows, "guided": rows, "active": 2 * rows + maxima["segments"]}
+
+
+def with_tokens(program: Program, maxima: Mapping[str, int], tokens: int) -> dict[str, int]:
+    """The largest sizes of a step with that many tokens; a chunk has no more, and the pool holds all that it caches."""
+    changed = {**maxima, "tokens": tokens}
+    if CHUNK in changed:
+        changed[CHUNK] = min(changed[CHUNK], tokens)
+    if program.caches:
+        changed[PAGES] = -(-tokens // program.page_tokens) + changed["segments"]
+    return changed
+
+
 def resized(program: Program, maxima: Mapping[str, int]) -> Program:
     """The program, without a plan, for steps of other sizes, none larger than it was lowered for."""
     buffers = dict(program.buffers)
     for instruction, _ in program.calls():
         if instruction.workspace is not None:
-            needed = workspace_bytes(instruction, program.buffers | program.weights | program.inputs, maxima)
+            needed = workspace_bytes(instruction, program.buffers | program.weights | program.inputs | program.caches, maxima)
             buffers[instruction.workspace] = Tensor("uint8", (Affine(needed),))
     return replace(program, maxima=dict(maxima), buffers=buffers, arena_bytes=None, lower_bound_bytes=None)
 
@@ -43,8 +62,8 @@ def planned_buffers(program: Program) -> list[planner.Buffer]:
 
 
 def total_bytes(program: Program) -> int:
-    """Weights, state, and the arena: as planned, or else as no plan can undercut."""
+    """Weights, state, the KV pool, and the arena: as planned, or else as no plan can undercut."""
     arena = program.arena_bytes
     if arena is None:
         arena = planner.lower_bound(planned_buffers(program))
-    return program.weight_bytes + program.state_bytes + arena
+    return program.weight_bytes + program.state_bytes + program.cache_bytes + arena

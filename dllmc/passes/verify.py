@@ -4,7 +4,7 @@ The outputs must agree; where they do not, the first value that both graphs have
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from dllmc.errors import PassError
 from dllmc.ir.provenance import describe
 from dllmc.ir.step_graph import Role, StepGraph
+from dllmc.ops.keep import KEEPING_FIELDS
 from dllmc.passes.base import LogEntry, Observer, Pass, Values
 from dllmc.passes.fuse_head import is_clear
 from dllmc.spec import MAX_SUPPRESS_TOKENS
@@ -51,6 +52,8 @@ class NumericCheck(Observer):
         if entry.modified:
             several = "segments" in before.inputs & after.inputs
             cases = [random_inputs(step, lengths) for lengths in (SEVERAL if several else ONE)]
+            if "cached" in after.inputs - before.inputs:  # the same as before where nothing is cached
+                cases = [inputs | {"cached": torch.zeros_like(inputs["cached"])} for inputs in cases]
             errors = [_compare_graphs(current, step, before, after, inputs) for inputs in cases]
         elif step.program is not None and step.program.arena_bytes is not None and self._execute is not None:
             cases = [random_inputs(step, lengths) for lengths in SEVERAL]
@@ -62,9 +65,11 @@ class NumericCheck(Observer):
 
 
 def random_inputs(step: StepGraph, lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    """All inputs that a step can have, greedy and without guidance, for segments of these lengths.
+    """All inputs and caches that a step can have, greedy and without guidance, for segments of these lengths.
 
-    Lengths are cut to what the step can take; about half of each segment's tokens are rows of the head.
+    Lengths are cut to what the step can take; about half of each segment's tokens are rows of the head. Every second
+    segment reads a cache; each of the others is a Refresh, and reads what it has just kept, so that a mistake there is
+    seen in the same step.
     """
     generator = torch.Generator().manual_seed(seed)
     most = step.maxima
@@ -95,7 +100,35 @@ def random_inputs(step: StepGraph, lengths: tuple[int, ...], seed: int = 0) -> d
         "seed": none,
         "step": none,
         "suppressed": torch.full((len(cut), MAX_SUPPRESS_TOKENS), -1),
+        **_cache_inputs(step, cut, generator),
     }
+
+
+def _cache_inputs(step: StepGraph, lengths: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+    """Caches of a page a segment and their tables. A Refresh's active span is the middle of its segment."""
+    caches = {role.name: node.meta["val"] for node, role in step.placeholders() if role.kind == "cache"}
+    if not caches:
+        return {}
+    page_tokens = next(iter(caches.values())).shape[3]
+    low_precision = any(value.dtype.itemsize < 4 for value in caches.values())
+    keeping, cached, active, start = [], [], [], 0
+    for index, length in enumerate(lengths):
+        low, high = start + length // 3, start + length // 3 + (length + 2) // 3
+        candidates = length - (high - low)
+        # Rounding may change which of close scores is the highest, and does in low precision.
+        count = min(candidates if low_precision else (candidates + 1) // 2, page_tokens)
+        refresh = index % 2 == 0 and count > 0
+        keeping.append([low, high, count, index // 2 % 2, 3] if refresh else [0] * KEEPING_FIELDS)
+        cached.append(count if refresh else min(3 + index, page_tokens))
+        active += range(low, high) if refresh else ()
+        start += length
+    width = step.input("page_table").meta["val"].shape[1]  # type: ignore[union-attr]
+    table = torch.zeros(len(lengths), width, dtype=torch.int64)
+    table[:, 0] = torch.arange(len(lengths))
+    shapes = {name: [len(lengths) if isinstance(d, torch.SymInt) else d for d in c.shape] for name, c in caches.items()}
+    drawn = {name: torch.randn(shape, generator=generator).to(caches[name].dtype) for name, shape in shapes.items()}
+    tables = {"keeping": keeping, "cached": cached, "active": active}
+    return {**drawn, "page_table": table, **{name: torch.tensor(rows, dtype=torch.int64) for name, rows in tables.items()}}
 
 
 def _spans(ends: Tensor) -> Tensor:
@@ -121,7 +154,8 @@ class _Copy:
     @torch.no_grad()
     def run(self, inputs: Values) -> "_Run":
         """Run the graph on these inputs of a step, of which it takes what it has."""
-        values = [inputs[role.name] if role.kind == "input" else self.tensors[role.name] for role in self.roles]
+        given = ("input", "cache")
+        values = [inputs[role.name] if role.kind in given else self.tensors[role.name] for role in self.roles]
         interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
         outputs = interpreter.run(*values)
         env = interpreter.env

@@ -1,6 +1,6 @@
-"""The two blocks of memory that a loaded engine owns: the arena of a step's values, and the state of its inputs."""
+"""The blocks of memory that a loaded engine owns: an arena of a step's values, the state of its inputs, the KV pool."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -8,30 +8,32 @@ from dllmc.ir.program import Program, Sizes, Tensor, View, aligned
 
 
 class Memory:
-    """Everything a program's operands live in, allocated once and touched, so that no step allocates.
+    """Everything that programs' operands live in, allocated once and touched, so that no step allocates.
 
-    `weights`: every weight and constant of the program, by name, dense.
+    Programs of different phases run one at a time: they share the arena and the state, each in its own order, and
+    they share caches by name. `weights`: every weight and constant of the programs, by name, dense.
     """
 
-    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor]) -> None:
-        assert program.arena_bytes is not None
-        self.program = program
-        self.arena = torch.zeros(program.arena_bytes, dtype=torch.uint8)
-        self.state = torch.zeros(program.state_bytes, dtype=torch.uint8)
+    def __init__(self, programs: Sequence[Program], weights: Mapping[str, torch.Tensor]) -> None:
+        self.arena = _block(max(program.arena_bytes or 0 for program in programs))
+        self.state = _block(max(program.state_bytes for program in programs))
         self.weights = weights
-        self._state_offsets: dict[str, int] = {}
-        offset = 0
-        for name, tensor in program.inputs.items():
-            self._state_offsets[name] = offset
-            offset += aligned(tensor.size_bytes(program.maxima))
+        largest = max(programs, key=lambda program: program.cache_bytes)
+        self.pool = _block(largest.cache_bytes)
+        self._cache_offsets = _offsets(largest.caches, largest.maxima)
 
-    def tensor(self, name: str, sizes: Sizes) -> torch.Tensor:
-        """An input, weight or buffer as it lies in memory, for a step of given sizes."""
-        described = self.program.tensor(name)
-        if name in self.program.weights:
+    def tensor(self, program: Program, name: str, sizes: Sizes) -> torch.Tensor:
+        """An input, weight, buffer or cache of a program as it lies in memory, for a step of given sizes.
+
+        `sizes` has the pool's `pages` where the program has caches.
+        """
+        described = program.tensor(name)
+        if name in program.weights:
             return self.weights[name]
-        if name in self._state_offsets:
-            block, offset = self.state, self._state_offsets[name]
+        if name in program.caches:
+            block, offset = self.pool, self._cache_offsets[name]
+        elif name in program.inputs:
+            block, offset = self.state, _offsets(program.inputs, program.maxima)[name]
         else:
             assert described.offset is not None
             block, offset = self.arena, described.offset
@@ -39,12 +41,25 @@ class Memory:
         shape = [dim.at(sizes) for dim in described.shape]
         return block[offset : offset + size].view(_dtype(described)).view(shape)
 
-    def view(self, operand: View, sizes: Sizes) -> torch.Tensor:
+    def view(self, program: Program, operand: View, sizes: Sizes) -> torch.Tensor:
         """An operand's window on its tensor, for a step of given sizes."""
-        base = self.tensor(operand.base, sizes)
+        base = self.tensor(program, operand.base, sizes)
         shape = [dim.at(sizes) for dim in operand.shape]
         strides = [dim.at(sizes) for dim in operand.strides]
         return base.as_strided(shape, strides, base.storage_offset() + operand.offset.at(sizes))
+
+
+def _block(size_bytes: int) -> torch.Tensor:
+    return torch.zeros(size_bytes, dtype=torch.uint8)
+
+
+def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes) -> dict[str, int]:
+    """Where each begins when they lie one behind the other at their largest."""
+    offsets, end = {}, 0
+    for name, tensor in tensors.items():
+        offsets[name] = end
+        end += aligned(tensor.size_bytes(maxima))
+    return offsets
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dllmc.runtime.params import CONFIDENCE_RULES
+from dllmc.ops.keep import KEEPING_FIELDS
+from dllmc.runtime.kv_pool import KVPool
+from dllmc.runtime.params import CONFIDENCE_RULES, SELECTIONS
 from dllmc.runtime.request import Request
 from dllmc.runtime.sampling import BoolArray, FloatArray, IntArray, deferred_choices, select_commits
 from dllmc.spec import MAX_SUPPRESS_TOKENS
@@ -23,10 +25,12 @@ ROW_BUCKET = 8
 class Batch:
     """A step's `sizes` and `inputs` as the program takes them; `rows` of them are real, the others padding.
 
-    `segment`, `position`: [rows], the request's index in `requests` and the position in its sequence.
+    `segment`, `position`: [rows], the request's index in `requests` and the position in its sequence. `phase`: which
+    program has all that the step needs.
     """
 
     requests: Sequence[Request]
+    phase: str
     sizes: Mapping[str, int]
     inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
     segment: IntArray
@@ -50,13 +54,20 @@ class Batch:
             request.commit(self.position[first:end][mine], token[first:end][mine], logprob[first:end][mine])
 
 
-def compose(requests: Sequence[Request], max_rows: int) -> Batch:
-    """Pack one dense step of all the given requests. `max_rows`: the program's largest number of rows."""
+def compose(requests: Sequence[Request], max_rows: int, pool: KVPool | None = None, table_width: int = 0) -> Batch:
+    """Pack one step of all the given requests, each in the phase it is in.
+
+    `max_rows`: the program's largest number of rows. `pool`, `table_width`: where it has caches, who holds which pages,
+    and how many a request may hold.
+    """
     guided = [request for request in requests if request.params.cfg_scale]
     sequences = [r.token_ids for r in requests] + [r.unconditional_token_ids() for r in guided]
-    lengths = np.array([len(s) for s in sequences], np.int64)
+    sides = [*((r, 0) for r in requests), *((r, 1) for r in guided)]
+    shown = [r.span if r.phase == "reuse" else (0, r.token_ids.size) for r, _ in sides]
+    lengths = np.array([end - first for first, end in shown], np.int64)
     ends = np.cumsum(lengths)
     starts = ends - lengths
+    origins = starts - np.array([first for first, _ in shown], np.int64)  # where position 0 would be
 
     candidates = [r.candidates() for r in requests]
     counts = np.array([len(c) for c in candidates], np.int64)
@@ -68,18 +79,20 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
     padding = np.zeros(padded - rows, np.int64)
 
     is_guided = np.array([bool(r.params.cfg_scale) for r in requests])
-    twin_start = np.zeros(len(requests), np.int64)
-    twin_start[is_guided] = starts[len(requests) :]
+    twin_origin = np.zeros(len(requests), np.int64)
+    twin_origin[is_guided] = origins[len(requests) :]
     twins = np.flatnonzero(is_guided[segment])
     twin_ends = padded + np.cumsum(counts[is_guided])
     span_ends = np.concatenate((row_ends, twin_ends))
     scales = np.array([r.params.cfg_scale for r in requests], np.float32)
 
+    own = origins[segment] + position
+
     inputs = {
-        "token_ids": np.concatenate(sequences),
-        "positions": np.concatenate([np.arange(n) for n in lengths]),
+        "token_ids": np.concatenate([ids[first:end] for ids, (first, end) in zip(sequences, shown, strict=True)]),
+        "positions": np.concatenate([np.arange(first, end) for first, end in shown]),
         "segments": np.stack((starts, ends), axis=1),
-        "rows": np.concatenate((starts[segment] + position, padding, (twin_start[segment] + position)[twins])),
+        "rows": np.concatenate((own, own[:1] + padding, (twin_origin[segment] + position)[twins])),
         "row_spans": np.stack((span_ends - np.concatenate((counts, counts[is_guided])), span_ends), axis=1),
         "guided": twins,
         "guidance": scales[segment][twins],
@@ -88,8 +101,48 @@ def compose(requests: Sequence[Request], max_rows: int) -> Batch:
         "row_target": np.concatenate((*(r.targets() for r in requests), padding - 1)),
         **_tables([*requests, *guided]),
     }
-    sizes = {"tokens": int(ends[-1]), "rows": padded, "guided": int(twins.size), "segments": len(sequences)}
-    return Batch(requests, sizes, inputs, segment, position)
+    sizes = {
+        "tokens": int(ends[-1]),
+        "rows": padded,
+        "guided": int(twins.size),
+        "segments": len(sequences),
+        "active": 0,
+    }
+    if pool is not None:
+        inputs |= _cache_tables(sides, origins, pool, table_width)
+        sizes["active"] = len(inputs["active"])
+    return Batch(requests, _program_for(requests), sizes, inputs, segment, position)
+
+
+def _program_for(requests: Sequence[Request]) -> str:
+    """The phase whose program has no more than the step needs (`specialize-phase`)."""
+    phases = {request.phase for request in requests}
+    if "reuse" not in phases:
+        return "refresh" if "refresh" in phases else "dense"
+    return "mixed" if "refresh" in phases else "reuse"
+
+
+def _cache_tables(
+    sides: Sequence[tuple[Request, int]], origins: IntArray, pool: KVPool, table_width: int
+) -> dict[str, IntArray]:
+    """What `dllmc::keep` and `dllmc::attention` read of each side: what to keep, what is kept, and in which pages."""
+    keeping = np.zeros((len(sides), KEEPING_FIELDS), np.int64)
+    cached = np.zeros(len(sides), np.int64)
+    page_table = np.zeros((len(sides), table_width), np.int64)
+    active = [np.zeros(0, np.int64)]
+    for index, (request, side) in enumerate(sides):
+        if request.phase == "full" or not request.kept:
+            continue
+        pages = pool.held((request, side))
+        page_table[index, : len(pages)] = pages
+        if request.phase == "reuse":
+            cached[index] = request.kept
+        else:
+            first, end = (int(origins[index]) + bound for bound in request.span)
+            policy = request.cache
+            keeping[index] = first, end, request.kept, SELECTIONS.index(policy.selection), policy.pool
+            active.append(np.arange(first, end, dtype=np.int64))
+    return {"keeping": keeping, "cached": cached, "page_table": page_table, "active": np.concatenate(active)}
 
 
 def _tables(requests: Sequence[Request]) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:

@@ -11,6 +11,7 @@ from dllmc.errors import ProgramError
 from dllmc.ir.program import (
     CHUNK,
     LEAST,
+    PAGES,
     START,
     SYMBOLS,
     Affine,
@@ -36,12 +37,12 @@ _Written = tuple[Instruction, Sizes, list[torch.Tensor]]
 
 
 class Executor:
-    """A program over its memory. `weights` as in `Memory`. Raises `ProgramError` for a plan that is unsound."""
+    """A program over its memory, which others may share. Raises `ProgramError` for a plan that is unsound."""
 
-    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, program: Program, memory: Memory) -> None:
         verify(program)
         self.program = program
-        self.memory = Memory(program, weights)
+        self.memory = memory
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
 
     @torch.inference_mode()
@@ -51,7 +52,7 @@ class Executor:
         Raises `ProgramError` for sizes beyond the program's maxima, and for an input of another dtype or shape.
         """
         key = tuple(sizes[symbol] for symbol in SYMBOLS)
-        binding = self._bindings.get(key) or _Binding(self.memory, sizes)
+        binding = self._bindings.get(key) or _Binding(self.program, self.memory, sizes)
         for name, target in binding.inputs.items():
             _load(name, inputs.get(name), target)
         if key in self._bindings:
@@ -72,14 +73,20 @@ class Executor:
 class _Binding:
     """A program resolved for one shape of a step. Raises `ProgramError` for sizes that were not planned for."""
 
-    def __init__(self, memory: Memory, sizes: Sizes) -> None:
-        self.program = program = memory.program
+    def __init__(self, program: Program, memory: Memory, sizes: Sizes) -> None:
+        self.program = program
         for symbol in SYMBOLS:
             if not LEAST[symbol] <= sizes[symbol] <= program.maxima[symbol]:
                 limits = f"{LEAST[symbol]} to {program.maxima[symbol]} {symbol}"
                 raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
-        self.inputs: dict[str, Array] = {name: memory.tensor(name, sizes).numpy() for name in program.inputs}
-        self.outputs: dict[str, Array] = {n: memory.view(v, sizes).numpy() for n, v in program.outputs.items()}
+        if program.caches:
+            sizes = {**sizes, PAGES: program.maxima[PAGES]}
+        self.inputs: dict[str, Array] = {
+            name: memory.tensor(program, name, sizes).numpy() for name in program.inputs
+        }
+        self.outputs: dict[str, Array] = {
+            name: memory.view(program, view, sizes).numpy() for name, view in program.outputs.items()
+        }
         self.calls: list[Callable[[], object]] = []
         self.written: list[_Written] = []
         self._writes: list[_Written] = []  # of each call
@@ -88,9 +95,9 @@ class _Binding:
         for instruction, here in _unrolled(program, sizes):
             key = id(instruction), here.get(CHUNK, 0)
             if key not in bound or _moves(instruction):
-                outs = [memory.view(view, here) for view in instruction.outputs]
+                outs = [memory.view(program, view, here) for view in instruction.outputs]
                 bound[key] = len(binds)
-                binds.append(_bind(memory, here, instruction, outs))
+                binds.append(_bind(program, memory, here, instruction, outs))
                 self.written.append((instruction, here, outs))
             self.calls.append(binds[bound[key]])
             self._writes.append(self.written[bound[key]])
@@ -137,19 +144,21 @@ def _load(name: str, given: Array | None, target: Array) -> None:
     np.copyto(target, given)
 
 
-def _bind(memory: Memory, sizes: Sizes, instruction: Instruction, outs: list[torch.Tensor]) -> Callable[[], object]:
-    args = [_resolve(memory, sizes, operand) for operand in instruction.inputs]
-    workspace = None if instruction.workspace is None else memory.tensor(instruction.workspace, sizes)
+def _bind(
+    program: Program, memory: Memory, sizes: Sizes, instruction: Instruction, outs: list[torch.Tensor]
+) -> Callable[[], object]:
+    args = [_resolve(program, memory, sizes, operand) for operand in instruction.inputs]
+    workspace = None if instruction.workspace is None else memory.tensor(program, instruction.workspace, sizes)
     return operator(instruction.op).bind(args, outs, workspace)
 
 
-def _resolve(memory: Memory, sizes: Sizes, operand: Operand) -> Any:
+def _resolve(program: Program, memory: Memory, sizes: Sizes, operand: Operand) -> Any:
     if isinstance(operand, View):
-        return memory.view(operand, sizes)
+        return memory.view(program, operand, sizes)
     if isinstance(operand, Affine):
         return operand.at(sizes)
     if isinstance(operand, DType):
         return getattr(torch, operand.name)
     if isinstance(operand, tuple):
-        return [_resolve(memory, sizes, item) for item in operand]
+        return [_resolve(program, memory, sizes, item) for item in operand]
     return operand

@@ -6,7 +6,7 @@ What the values alone contradict is refused where they are made; what depends on
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import numpy as np
 
@@ -18,6 +18,18 @@ CONFIDENCE_RULES = ("low_confidence", "topk_margin", "entropy", "random")
 
 SCHEDULES = ("uniform", "timestep")
 """The choices of `SamplingParams.schedule`."""
+
+CACHE_MODES = ("block", "none")
+"""The choices of `CachePolicy.mode`."""
+
+SELECTIONS = ("per_head", "shared")
+"""The choices of `CachePolicy.selection`."""
+
+MAX_POOL = 255
+"""The widest window of `CachePolicy.pool`."""
+
+Phase = Literal["full", "refresh", "reuse"]
+"""What a step of a request is (semantics.md, "Terms")."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _TOKEN_FIELDS = ("stop_token_ids", "suppress_tokens", "defer_tokens")
@@ -147,19 +159,56 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """How a request reuses keys and values between steps. Dense only: every step computes every position."""
+    """How a request reuses keys and values between the steps of a block (semantics.md, "Schedule of one block").
 
-    mode: str = "none"
-    """"none": nothing is cached."""
+    The defaults are Fast-dLLM's dual cache (arXiv 2505.22618); `delay=1` with `selection="shared"` is Sparse-dLLM's
+    (2508.02558), with `selection="per_head"` dLLM-Serve's (2512.17077).
+    """
+
+    mode: str = "block"
+    """"block": a Refresh caches keys and values outside of the active span for the block's steps behind it. "none":
+    every step computes every position."""
+
+    retention: float = 1.0
+    """Share of the positions outside of the active span that are cached, in (0, 1]; at least one of them."""
+
+    selection: str = "per_head"
+    """One of `SELECTIONS`: every head of a layer keeps positions of its own, or all keep the same ones."""
+
+    pool: int = 3
+    """Positions over which scores are max-pooled before they are compared: odd; 1 is off."""
+
+    delay: int = 0
+    """Steps of a block that compute every position before the Refresh, at least 0."""
+
+    refresh_interval: int | None = None
+    """Steps from one Refresh of a block to the next, at least 1. None: one Refresh a block."""
 
     def __post_init__(self) -> None:
-        if self.mode == "block":
-            raise RequestError(
-                "CachePolicy.mode is 'block': cached decoding is not available in this version; "
-                "expected 'none', which decodes dense"
-            )
-        if self.mode != "none":
-            raise RequestError(f"CachePolicy.mode is {self.mode!r}; expected 'none', which decodes dense")
+        self._require("mode", self.mode in CACHE_MODES, f"one of {', '.join(CACHE_MODES)}")
+        self._require("retention", _number_in(self.retention, 0, 1) and self.retention > 0, "a number in (0, 1]")
+        self._require("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
+        odd = _integer_in(self.pool, 1, MAX_POOL) and self.pool % 2 == 1
+        self._require("pool", odd, f"an odd integer in [1, {MAX_POOL}]")
+        self._require("delay", _integer_in(self.delay, 0), "an integer >= 0")
+        often = self.refresh_interval is None or _integer_in(self.refresh_interval, 1)
+        self._require("refresh_interval", often, "an integer >= 1, or None")
+
+    def _require(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise RequestError(f"CachePolicy.{name} is {getattr(self, name)!r}; expected {expected}")
+
+    def phase(self, step: int) -> Phase:
+        """What the `step`-th step of a block is, from 0."""
+        since = step - self.delay
+        if self.mode == "none" or since < 0:
+            return "full"
+        again = since == 0 or (self.refresh_interval is not None and since % self.refresh_interval == 0)
+        return "refresh" if again else "reuse"
+
+    def kept(self, candidates: int) -> int:
+        """How many of the positions outside of the active span each head keeps."""
+        return min(max(1, int(candidates * self.retention)), candidates)
 
 
 @dataclass(frozen=True)
@@ -217,3 +266,7 @@ def _number_in(value: object, low: float, high: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
     return bool(low <= value <= high)
+
+
+DENSE = CachePolicy(mode="none")
+"""Every step computes every position."""

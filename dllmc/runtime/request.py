@@ -1,6 +1,6 @@
 """The record of one request while it is decoded: its tokens, what is masked, where in the schedule it stands.
 
-A request knows nothing of batches, devices or caches: a step asks it for `candidates()` and `commit_count()`, and
+A request knows nothing of batches or devices: a step asks it for its `phase`, `candidates()` and `commit_count()`, and
 hands the decision back to `commit()`. Positions, never token values, say what is masked (semantics.md, "Commit").
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dllmc.errors import RequestError
-from dllmc.runtime.params import SamplingParams, is_integer, require_servable, require_token_ids
+from dllmc.runtime.params import DENSE, CachePolicy, Phase, SamplingParams, is_integer, require_servable, require_token_ids
 from dllmc.spec import ModelSpec
 
 FinishReason = Literal["stop", "length"]
@@ -54,6 +54,7 @@ class Request:
         spec: ModelSpec,
         infill: Mapping[int, int] = MappingProxyType({}),
         reference: Sequence[int] | None = None,
+        cache: CachePolicy = DENSE,
     ) -> None:
         """Raise `RequestError`, with the numbers, for a prompt, infill or params that the model cannot serve."""
         _require_fits(len(prompt_ids), params.gen_length, spec.max_positions)
@@ -62,6 +63,7 @@ class Request:
         _require_reference(reference, params.gen_length, spec.vocab_size)
         require_servable(params, spec.vocab_size)
         self.params = params
+        self.cache = cache
         self.prompt_length = len(prompt_ids)
         self.step = 0
         self.finish_reason: FinishReason | None = None
@@ -75,6 +77,7 @@ class Request:
         self.masked[fixed] = False
 
         self._mask_id = spec.mask_id
+        self._shifted = spec.shifted
         self._reference = None if reference is None else np.array([*prompt_ids, *reference], np.int64)
         self._stop_ids = np.array([*params.stop_token_ids, *(() if params.ignore_eos else spec.end_ids)], np.int64)
         self._logprobs = np.zeros(self.token_ids.size)
@@ -85,6 +88,43 @@ class Request:
     def finished(self) -> bool:
         """Whether decoding is over and `result` may be called."""
         return self.finish_reason is not None
+
+    @property
+    def phase(self) -> Phase:
+        """What the next step is."""
+        return self.cache.phase(self.step_in_block)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The active span, half-open: the block, and for a shifted model its predecessor."""
+        return max(self.start - self._shifted, 0), self.end
+
+    @property
+    def sides(self) -> int:
+        """Sequences that a step computes: with guidance a second one, whose prompt is masked."""
+        return 2 if self.params.cfg_scale else 1
+
+    @property
+    def longest_block(self) -> int:
+        """Positions of the longest block."""
+        return min(self.params.block_length, self.params.gen_length)
+
+    @property
+    def longest_span(self) -> int:
+        """Positions of the longest active span."""
+        return self.longest_block + self._shifted
+
+    @property
+    def most_kept(self) -> int:
+        """How many keys a head keeps at most: in the last block, which is the shortest."""
+        last = self.params.gen_length - (self.params.blocks - 1) * self.params.block_length
+        return self.cache.kept(self.token_ids.size - last - self._shifted)
+
+    @property
+    def kept(self) -> int:
+        """How many keys a head keeps at a Refresh of the current block."""
+        first, end = self.span
+        return self.cache.kept(self.token_ids.size - (end - first))
 
     @property
     def commit_threshold(self) -> float:
