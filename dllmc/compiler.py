@@ -33,7 +33,13 @@ VERIFY = ("none", "numeric")
 MAX_TOKENS_PER_STEP = 4096
 MAX_LOGIT_ROWS = 1024
 # The input that is as long as each size of a step.
-_SIZED_BY = {"tokens": "token_ids", "rows": "row_segment", "guided": "guided", "segments": "segments", "active": "active"}
+_SIZED_BY = {
+    "tokens": "token_ids",
+    "rows": "row_segment",
+    "guided": "guided",
+    "segments": "segments",
+    "active": "active",
+}
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,12 @@ def _execute(step: StepGraph, inputs: Values) -> Values:
     """Run a planned program as an engine does, on caches as large as they are given."""
     assert step.program is not None
     program = step.program
-    pages = {PAGES: inputs[name].shape[2] for name in program.caches}
+    caches = [inputs[name] for name in program.caches]
+    pages = {PAGES: caches[0].shape[2]} if caches else {}
     program = replace(program, maxima={**program.maxima, **pages})
     memory = Memory([program], {name: step.tensors[name] for name in program.weights})
-    for name in program.caches:
-        memory.tensor(program, name, pages).copy_(inputs[name])
+    for name, values in zip(program.caches, caches, strict=True):
+        memory.tensor(program, name, pages).copy_(values)
     sizes = {symbol: len(inputs.get(name, ())) for symbol, name in _SIZED_BY.items()}
     outputs = Executor(program, memory).run(sizes, {name: inputs[name].numpy() for name in program.inputs})
     return {name: torch.from_numpy(value.copy()) for name, value in outputs.items()}

@@ -17,7 +17,7 @@ from dllmc.capture import capture
 from dllmc.ir.program import SYMBOLS
 from dllmc.ir.step_graph import StepGraph
 from dllmc.passes import pipeline
-from dllmc.runtime.executor import Executor
+from tests.programs import executor_of
 from dllmc.spec import MAX_SUPPRESS_TOKENS, ModelSpec
 
 VOCAB, WIDTH, HEADS, HEAD_DIM = 13, 8, 2, 4
@@ -187,9 +187,9 @@ def execute_alone(step: StepGraph, inputs: Mapping[str, Tensor]) -> Tensor:
 def execute_program(step: StepGraph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run the planned program as the runtime does. Outputs by name."""
     assert step.program is not None
-    tokens, rows, guided, segments = (len(inputs[name]) for name in ("token_ids", "row_segment", "guided", "segments"))
-    sizes = dict(zip(SYMBOLS, (tokens, rows, guided, segments), strict=True))
-    executor = Executor(step.program, {name: step.tensors[name] for name in step.program.weights})
+    lengths = [len(inputs.get(name, ())) for name in ("token_ids", "row_segment", "guided", "segments", "active")]
+    sizes = dict(zip(SYMBOLS, lengths, strict=True))
+    executor = executor_of(step.program, {name: step.tensors[name] for name in step.program.weights})
     outputs = executor.run(sizes, {name: value.numpy() for name, value in inputs.items()})
     return {name: torch.from_numpy(value.copy()) for name, value in outputs.items()}
 

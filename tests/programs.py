@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from dllmc.errors import ProgramError
@@ -25,8 +26,10 @@ from dllmc.ir.program import (
 from dllmc.memory import planner
 from dllmc.memory.liveness import lifetimes
 from dllmc.memory.verifier import verify
+from dllmc.runtime.arena import Memory
+from dllmc.runtime.executor import Executor
 
-MAXIMA = {"tokens": 9, "rows": 5, "guided": 3, "segments": 2}
+MAXIMA = {"tokens": 9, "rows": 5, "guided": 3, "segments": 2, "active": 4}
 TOKENS, ROWS, GUIDED = (Affine(0, ((symbol, 1),)) for symbol in ("tokens", "rows", "guided"))
 
 
@@ -72,6 +75,11 @@ def program(
         outputs={name: whole(name, named[name]) for name in returns},
         arena_bytes=arena_bytes,
     )
+
+
+def executor_of(program: Program, weights: Mapping[str, torch.Tensor]) -> Executor:
+    """The program over memory of its own."""
+    return Executor(program, Memory([program], weights))
 
 
 def planned(unplanned: Program) -> Program:

@@ -9,8 +9,8 @@ reads KV head g // (q_heads // kv_heads). Queries outside every span are left as
 queries are its tokens from the first on, and the query of token i sees the tokens j with |i - j| <= window.
 
 With a `cache` [2, kv_heads, pages, page_tokens, head_dim] of keys and values, a segment's queries also see `cached`
-[segments] int64 of its slots: of head h, slot j is `cache[:, h, page_table[segment, j // page_tokens], j % page_tokens]`
-(page_table [segments, width] int64). Refresh segments bring all of their tokens, Reuse segments few and a cache; one
+[segments] int64 of its slots. Slot j of head h is `cache[:, h, page_table[segment, j // page_tokens], j % page_tokens]`
+with page_table [segments, width] int64. Refresh segments bring all of their tokens, Reuse segments few and a cache; one
 call takes both (semantics.md, "Terms").
 
 `dllmc::window_attention` is the same of one sequence, [1, heads, tokens, head_dim] like torch's own, before packing.
@@ -189,7 +189,8 @@ def _fake_window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
     """Resolve a call over fixed memory."""
     q, k, v, spans, segments, scale, *rest = args
-    window, first, *of_cache = (*rest, *(None, 0)[len(rest) :])
+    options: list[Any] = [*rest, *[None, 0][len(rest) :]]
+    window, first, *of_cache = options
     return lambda: attention_out(q, k, v, spans, segments, scale, outs[0], window, first, *of_cache)
 
 

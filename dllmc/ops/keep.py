@@ -83,7 +83,9 @@ def reference(
         tokens = [t for t in range(one.start, one.end) if not one.low <= t < one.high]
         mean = q[one.queries].mean(dim=0)
         products = torch.einsum("gd,tgd->gt", mean, k[tokens].repeat_interleave(group, dim=1)) * q.shape[2] ** -0.5
-        scores = products.mean(dim=0).expand(k.shape[1], -1) if one.shared else products.unflatten(0, (-1, group)).amax(1)
+        scores = (
+            products.mean(dim=0).expand(k.shape[1], -1) if one.shared else products.unflatten(0, (-1, group)).amax(1)
+        )
         for head, row in enumerate(scores.tolist()):
             reach = one.window // 2
             pooled = [max(row[max(j - reach, 0) : j + reach + 1]) for j in range(len(row))]

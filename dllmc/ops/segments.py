@@ -38,12 +38,14 @@ class Group:
     count: int = 1
 
     def joined(self, other: "Group") -> "Group | None":
-        """This group and one segment more, if that is alike and as far behind the last as the last behind its own."""
+        """The group with one segment more, if that is alike, and as far behind the last as the last behind its own."""
         mine, others = (self.queries, self.tokens, *self.cached), (other.queries, other.tokens, *other.cached)
         if [rows.length for rows in mine] != [rows.length for rows in others]:
             return None
         far = [b.start - a.start for a, b in zip(mine, others, strict=True)]
-        if min(far) < 0 or any(d != rows.step * self.count for d, rows in zip(far, mine, strict=True) if self.count > 1):
+        if min(far) < 0 or any(
+            d != rows.step * self.count for d, rows in zip(far, mine, strict=True) if self.count > 1
+        ):
             return None
         queries, tokens, *cached = (replace(rows, step=d // self.count) for d, rows in zip(far, mine, strict=True))
         return Group(queries, tokens, tuple(cached), self.count + 1)

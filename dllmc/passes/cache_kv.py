@@ -66,7 +66,11 @@ def _at(step: StepGraph, value: fx.Node, index: fx.Node) -> fx.Node:
             return node
         if node not in made:
             source = node.args[0]
-            if node.target is aten.index_select.default and isinstance(source, fx.Node) and not depends_on(source, rows):
+            if (
+                node.target is aten.index_select.default
+                and isinstance(source, fx.Node)
+                and not depends_on(source, rows)
+            ):
                 made[node] = step.call(node.target, source, node.args[1], index, origin=node)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), moved)

@@ -49,7 +49,9 @@ def resized(program: Program, maxima: Mapping[str, int]) -> Program:
     buffers = dict(program.buffers)
     for instruction, _ in program.calls():
         if instruction.workspace is not None:
-            needed = workspace_bytes(instruction, program.buffers | program.weights | program.inputs | program.caches, maxima)
+            needed = workspace_bytes(
+                instruction, program.buffers | program.weights | program.inputs | program.caches, maxima
+            )
             buffers[instruction.workspace] = Tensor("uint8", (Affine(needed),))
     return replace(program, maxima=dict(maxima), buffers=buffers, arena_bytes=None, lower_bound_bytes=None)
 

@@ -111,7 +111,10 @@ def _cache_inputs(step: StepGraph, lengths: Sequence[int], generator: torch.Gene
         return {}
     page_tokens = next(iter(caches.values())).shape[3]
     low_precision = any(value.dtype.itemsize < 4 for value in caches.values())
-    keeping, cached, active, start = [], [], [], 0
+    keeping: list[list[int]] = []
+    cached: list[int] = []
+    active: list[int] = []
+    start = 0
     for index, length in enumerate(lengths):
         low, high = start + length // 3, start + length // 3 + (length + 2) // 3
         candidates = length - (high - low)
@@ -128,7 +131,11 @@ def _cache_inputs(step: StepGraph, lengths: Sequence[int], generator: torch.Gene
     shapes = {name: [len(lengths) if isinstance(d, torch.SymInt) else d for d in c.shape] for name, c in caches.items()}
     drawn = {name: torch.randn(shape, generator=generator).to(caches[name].dtype) for name, shape in shapes.items()}
     tables = {"keeping": keeping, "cached": cached, "active": active}
-    return {**drawn, "page_table": table, **{name: torch.tensor(rows, dtype=torch.int64) for name, rows in tables.items()}}
+    return {
+        **drawn,
+        "page_table": table,
+        **{name: torch.tensor(rows, dtype=torch.int64) for name, rows in tables.items()},
+    }
 
 
 def _spans(ends: Tensor) -> Tensor:

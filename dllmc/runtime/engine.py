@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from dllmc import artifact
 from dllmc.artifact import Artifact
 from dllmc.errors import BudgetError, RequestError
-from dllmc.runtime import batch, scheduler
 from dllmc.ir.program import PAGES
+from dllmc.runtime import batch, scheduler
 from dllmc.runtime.arena import Memory
 from dllmc.runtime.executor import Executor
 from dllmc.runtime.kv_pool import KVPool

@@ -81,9 +81,7 @@ class _Binding:
                 raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
         if program.caches:
             sizes = {**sizes, PAGES: program.maxima[PAGES]}
-        self.inputs: dict[str, Array] = {
-            name: memory.tensor(program, name, sizes).numpy() for name in program.inputs
-        }
+        self.inputs: dict[str, Array] = {name: memory.tensor(program, name, sizes).numpy() for name in program.inputs}
         self.outputs: dict[str, Array] = {
             name: memory.view(program, view, sizes).numpy() for name, view in program.outputs.items()
         }

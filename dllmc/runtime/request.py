@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dllmc.errors import RequestError
-from dllmc.runtime.params import DENSE, CachePolicy, Phase, SamplingParams, is_integer, require_servable, require_token_ids
+from dllmc.runtime.params import (
+    DENSE,
+    CachePolicy,
+    Phase,
+    SamplingParams,
+    is_integer,
+    require_servable,
+    require_token_ids,
+)
 from dllmc.spec import ModelSpec
 
 FinishReason = Literal["stop", "length"]

@@ -17,7 +17,7 @@ from dllmc.ops.registry import Operator, operator
 from dllmc.runtime import executor as executor_module
 from dllmc.runtime.executor import Executor
 from tests.loops import CHUNK, START, rows_of
-from tests.programs import MAXIMA, ROWS, TOKENS, planned, shape, tensor, whole
+from tests.programs import MAXIMA, ROWS, TOKENS, executor_of, planned, shape, tensor, whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
 VOCAB, WIDTH, OUT = 11, 6, 8
@@ -106,7 +106,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def executor(weights: dict[str, torch.Tensor]) -> Executor:
     """The hand-written program, planned, over an arena of its own."""
-    return Executor(planned(hand_written()), weights)
+    return executor_of(planned(hand_written()), weights)
 
 
 def check(executor: Executor, weights: Mapping[str, torch.Tensor], tokens: int, rows: int, seed: int = 0) -> None:
@@ -135,7 +135,7 @@ def test_steps_leave_nothing_behind(steps: list[tuple[int, int, int]]) -> None:
     weights = {
         name: torch.randn([d.constant for d in SHAPES[name].shape], generator=generator) for name in GROUPS["weights"]
     }
-    executor = Executor(planned(hand_written()), weights)
+    executor = executor_of(planned(hand_written()), weights)
     for tokens, rows, seed in steps:
         check(executor, weights, tokens, rows, seed)
         executor.memory.arena.fill_(255)
@@ -263,7 +263,7 @@ def test_an_unsound_plan_is_refused_before_anything_runs(weights: dict[str, torc
     with pytest.raises(
         ProgramError, match=r"instruction 1 \(copy\): '%e' at \[0, 216\) is overwritten by '%t' at \[0, 216\)"
     ):
-        Executor(replace(good, buffers=together), weights)
+        executor_of(replace(good, buffers=together), weights)
 
 
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
@@ -279,7 +279,7 @@ def test_a_result_larger_than_its_buffer_is_refused() -> None:
         instructions=(Instruction("aten.add.Tensor", (whole("ids", ids), 1), (whole("%a", small),)),),
         outputs={"a": whole("%a", small)},
     )
-    executor = Executor(planned(too_small), {})
+    executor = executor_of(planned(too_small), {})
     sizes, inputs = step_of(5, 1)
     for _ in range(2):
         with pytest.raises(ProgramError, match=r"0 \(aten\.add\.Tensor\): '%a' has shape \[2\], its result \[5\]$"):
@@ -288,7 +288,7 @@ def test_a_result_larger_than_its_buffer_is_refused() -> None:
 
 def test_weights_of_other_programs_are_not_mistaken_for_inputs(weights: dict[str, torch.Tensor]) -> None:
     """An artifact's weights are those of all its programs; only the names that this one declares are weights here."""
-    executor = Executor(planned(hand_written()), {**weights, "scale": torch.full((9,), 7.0), "%e": torch.zeros(1)})
+    executor = executor_of(planned(hand_written()), {**weights, "scale": torch.full((9,), 7.0), "%e": torch.zeros(1)})
     check(executor, weights, 5, 2)
 
 
@@ -318,7 +318,7 @@ def test_a_loop_computes_every_row_once(chunk: int) -> None:
     """In chunks that fill the step, leave a short one, or are longer than it; again after steps of other sizes."""
     generator = np.random.default_rng(0)
     w = torch.from_numpy(generator.normal(size=(OUT, WIDTH)).astype(np.float32))
-    executor = Executor(in_chunks(chunk), {"w": w})
+    executor = executor_of(in_chunks(chunk), {"w": w})
     for tokens in (9, 1, 4, 5, 9, 3):
         x = generator.normal(size=(tokens, WIDTH)).astype(np.float32)
         found = executor.run({**MAXIMA, "tokens": tokens}, {"x": x})["y"]
@@ -333,6 +333,6 @@ def test_a_result_of_another_shape_in_a_loop_is_refused() -> None:
     assert isinstance(loop, ForRows)
     wider = replace(loop.body[0], inputs=(whole("w", SHAPES["w"]),))
     bad = replace(program, instructions=(replace(loop, body=(wider, *loop.body[1:])),))
-    executor = Executor(bad, {"w": torch.ones(OUT, WIDTH)})
+    executor = executor_of(bad, {"w": torch.ones(OUT, WIDTH)})
     with pytest.raises(ProgramError, match=r"instruction 0 \(aten.square.default\): .*(result \[8, 6\]|resize)"):
         executor.run({**MAXIMA, "tokens": 5}, {"x": np.ones((5, WIDTH), np.float32)})
