@@ -17,8 +17,8 @@ from dllmc.capture import capture
 from dllmc.ir.program import SYMBOLS
 from dllmc.ir.step_graph import StepGraph
 from dllmc.passes import pipeline
-from tests.programs import executor_of
 from dllmc.spec import MAX_SUPPRESS_TOKENS, ModelSpec
+from tests.programs import executor_of
 
 VOCAB, WIDTH, HEADS, HEAD_DIM = 13, 8, 2, 4
 SPEC = ModelSpec(VOCAB, 0, (), max_positions=32)

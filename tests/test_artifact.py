@@ -40,15 +40,16 @@ def test_what_is_written_reads_back(compiled: Artifact) -> None:
     assert again.spec == SPEC
     assert again.manifest["options"]["max_tokens_per_step"] == 32
     assert [entry["pass"] for entry in again.manifest["passes"]] == OPTIONS.passes.split(",")
-    assert list(again.programs) == ["dense"]
+    assert set(again.programs) == {"mixed", "dense", "refresh", "reuse"}
     assert again.programs["dense"].maxima == OPTIONS.maxima
+    assert again.programs["mixed"].maxima == {**OPTIONS.maxima, "pages": 1 + OPTIONS.max_requests}
 
 
 def test_weights_read_back_bit_for_bit(compiled: Artifact) -> None:
     """Every parameter of the module under its name, joined ones end to end under all of theirs; constants beside."""
     weights = compiled.load_weights()
     parameters = dict(tiny_model().named_parameters())
-    assert weights.keys() == compiled.programs["dense"].weights.keys()
+    assert weights.keys() == compiled.programs["mixed"].weights.keys()
     written = {name: name.split("+") for name in weights if not name.startswith("constant.")}
     assert sorted(part for parts in written.values() for part in parts) == sorted(parameters)
     assert any(len(parts) == 2 for parts in written.values())
@@ -58,18 +59,23 @@ def test_weights_read_back_bit_for_bit(compiled: Artifact) -> None:
 
 def test_the_manifest_lists_every_file_with_size_and_hash(compiled: Artifact) -> None:
     files = tree(compiled.path)
-    assert set(files) == {"manifest.json", PROGRAM, WEIGHTS, "trace.json"}
+    programs = {f"programs/{name}.json" for name in ("mixed", "dense", "refresh", "reuse")}
+    assert set(files) == {"manifest.json", WEIGHTS, "trace.json"} | programs
     del files["manifest.json"]
     assert read_manifest(compiled.path)["files"] == {name: entry_of(content) for name, content in files.items()}
 
 
 def test_memory_is_the_sum_of_its_parts(compiled: Artifact) -> None:
-    """The parts from the program itself: bytes of its weights, its arena, and its inputs, each aligned to 64."""
-    dense = compiled.programs["dense"]
+    """The parts from the program itself: bytes of its weights, its arena, its caches and its inputs, aligned to 64."""
+    mixed = compiled.programs["mixed"]
     weights = sum(w.nbytes for w in compiled.load_weights().values())
-    state = sum(-(-t.size_bytes(dense.maxima) // 64) * 64 for t in dense.inputs.values())
-    parts = {"weights": weights, "arena": dense.arena_bytes, "kv_pool": 0, "state": state}
-    assert compiled.memory == {**parts, "total": weights + (dense.arena_bytes or 0) + state}
+    state = sum(-(-t.size_bytes(mixed.maxima) // 64) * 64 for t in mixed.inputs.values())
+    pages, heads, layers, head_dim = 1 + OPTIONS.max_requests, 2, 1, 8
+    pool = layers * 2 * heads * pages * 32 * head_dim * 4
+    parts = {"weights": weights, "arena": mixed.arena_bytes, "kv_pool": pool, "state": state}
+    assert compiled.memory == {**parts, "total": weights + (mixed.arena_bytes or 0) + pool + state}
+    for program in compiled.programs.values():
+        assert (program.arena_bytes or 0) <= (mixed.arena_bytes or 0)
 
 
 def test_the_same_inputs_give_the_same_bytes(compiled: Artifact, tmp_path: Path) -> None:

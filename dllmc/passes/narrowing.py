@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from dllmc.ir.program import Affine
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ops.facts import argument
 from dllmc.passes.row_flow import RowFlow, ancestors, is_product
 
 aten = torch.ops.aten
+_ACTIVE = Affine(0, (("active", 1),))
 
 
 def split_projections(step: StepGraph) -> int:
@@ -81,9 +83,11 @@ def _only_gathered(value: fx.Node, flow: RowFlow) -> bool:
 def gather_early(step: StepGraph) -> int:
     """Case 2: of the values from which all gathered rows can be computed, those with the fewest bytes.
 
-    So of a residual stream and its norm, the first alone is kept for the rows.
+    So of a residual stream and its norm, the first alone is kept for the rows. For the active spans of a Refresh, which
+    are few rows, products are made again too: of their queries, whose others need not be kept then.
     """
     flow = RowFlow(step)
+    calls = list(step.calls())
     gathers: dict[Any, list[fx.Node]] = defaultdict(list)
     for gather in step.calls(aten.index_select.default):
         if flow.whole(gather):
@@ -91,7 +95,8 @@ def gather_early(step: StepGraph) -> int:
     moved = 0
     for index, group in gathers.items():
         sinks: list[Any] = [gather.args[0] for gather in group]
-        kept = flow.narrowest(sinks, {node for node in step.calls() if _stays(node, flow)}, copied=True)
+        few = flow.extent(index) == _ACTIVE
+        kept = flow.narrowest(sinks, {node for node in calls if _stays(node, flow, few)}, copied=True)
         if kept == set(sinks):
             continue
         on_rows: dict[fx.Node, fx.Node] = {}
@@ -106,10 +111,10 @@ def gather_early(step: StepGraph) -> int:
     return moved
 
 
-def _stays(node: fx.Node, flow: RowFlow) -> bool:
-    """Whether a call cannot, or should not, be made again on some of its rows."""
+def _stays(node: fx.Node, flow: RowFlow, few: bool) -> bool:
+    """Whether a call cannot, or should not, be made again on some, or a few, of its rows."""
     sizes = any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
-    return sizes or (is_product(node) and not _only_gathered(node, flow)) or bool(flow.whole(node))
+    return sizes or (is_product(node) and not few and not _only_gathered(node, flow)) or bool(flow.whole(node))
 
 
 def _compute_on_rows(

@@ -1,5 +1,6 @@
 """Affine sizes, the layout of tensors, and what a program says of itself."""
 
+from dataclasses import replace
 from itertools import product as combinations
 
 import pytest
@@ -132,10 +133,11 @@ def test_bytes() -> None:
 
 
 def test_a_tensor_is_found_in_any_group_and_an_unknown_name_is_refused() -> None:
-    tensors = {"in": tensor(1), "w": tensor(2), "%b": tensor(3)}
+    tensors = {"in": tensor(1), "w": tensor(2), "%b": tensor(3), "cache": tensor(4)}
     small = program({"%b": tensors["%b"]}, [], inputs={"in": tensors["in"]}, weights={"w": tensors["w"]})
+    small = replace(small, caches={"cache": tensors["cache"]})
     assert {name: small.tensor(name) for name in tensors} == tensors
-    with pytest.raises(ProgramError, match="program 'dense': no input, weight or buffer is named '%c'"):
+    with pytest.raises(ProgramError, match="program 'dense': no input, weight, buffer or cache is named '%c'"):
         small.tensor("%c")
 
 

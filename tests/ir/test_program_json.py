@@ -26,11 +26,12 @@ def small_program() -> Program:
     operands = (whole("ids", ids), (row, first), DType("int32"), None, True, 3, -0.5, -math.inf, "none")
     return Program(
         name="dense",
-        maxima=MAXIMA,
+        maxima={**MAXIMA, "pages": 6},
         inputs={"ids": ids},
         weights={"w": w},
         buffers={"%b": b, "%work": Tensor("uint8", shape(100), 128, (0, 1))},
         instructions=(Instruction("op", operands, (whole("%b", b),), "%work", "model.py:3"),),
+        caches={"kv": Tensor("float16", shape(2, Affine(0, (("pages", 1),)), 8))},
         outputs={"last": View("%b", shape(2), shape(1), Affine(-2, (("tokens", 2),)))},
         arena_bytes=256,
         lower_bound_bytes=200,
@@ -45,7 +46,7 @@ def test_the_document() -> None:
     """Constants are plain, sizes are ints or coefficients, whole tensors are names, lists of operands are lists."""
     assert document() == {
         "name": "dense",
-        "maxima": MAXIMA,
+        "maxima": {**MAXIMA, "pages": 6},
         "arena_bytes": 256,
         "lower_bound_bytes": 200,
         "inputs": {"ids": {"dtype": "int64", "shape": [{"tokens": 1}]}},
@@ -54,6 +55,7 @@ def test_the_document() -> None:
             "%b": {"dtype": "float32", "shape": [{"tokens": 1}, 2], "offset": 0, "lifetime": [0, 1]},
             "%work": {"dtype": "uint8", "shape": [100], "offset": 128, "lifetime": [0, 1]},
         },
+        "caches": {"kv": {"dtype": "float16", "shape": [2, {"pages": 1}, 8]}},
         "instructions": [
             {
                 "op": "op",
@@ -165,7 +167,7 @@ MALFORMED: list[tuple[tuple[str | int, ...], Any, str]] = [
     # (path of a field, what is put there, the field that the error names)
     *[(("name",), bad, "name") for bad in (None, 3, ["dense"])],
     *[((group,), bad, group) for group in ("inputs", "weights", "buffers", "outputs") for bad in (None, [], "x", 1)],
-    *[(("maxima",), bad, "maxima") for bad in (None, [9], {}, {**MAXIMA, "pages": 1})],
+    *[(("maxima",), bad, "maxima") for bad in (None, [9], {}, {**MAXIMA, "layers": 1}, MAXIMA)],
     *[(("maxima", "rows"), bad, "maxima.rows") for bad in (*NOT_INTEGERS, 0, -1)],
     *[(("arena_bytes",), bad, "arena_bytes") for bad in (*NOT_INTEGERS, -1) if bad is not None],
     *[(("lower_bound_bytes",), bad, "lower_bound_bytes") for bad in (*NOT_INTEGERS, -1) if bad is not None],
@@ -194,7 +196,7 @@ MALFORMED: list[tuple[tuple[str | int, ...], Any, str]] = [
     *[((*BUFFER, "dtype"), bad, "buffers.%b.dtype") for bad in ("float31", None, 4, ["float32"], {})],
     *[((*BUFFER, "shape"), bad, "buffers.%b.shape") for bad in (None, 3, {"tokens": 1}, [1] * 65)],
     *[((*BUFFER, "shape", 1), bad, "buffers.%b.shape[1]") for bad in NOT_INTEGERS],
-    ((*BUFFER, "shape", 0), {"pages": 1}, "buffers.%b.shape[0]"),
+    ((*BUFFER, "shape", 0), {"layers": 1}, "buffers.%b.shape[0]"),
     *[((*BUFFER, "shape", 0), {"tokens": bad}, "buffers.%b.shape[0].tokens") for bad in NOT_INTEGERS],
     ((*BUFFER, "shape"), [2, {"tokens": 1}, {"rows": 1}], "buffers.%b.shape"),
     *[((*BUFFER, "offset"), bad, "buffers.%b.offset") for bad in (*NOT_INTEGERS, -64) if bad is not None],

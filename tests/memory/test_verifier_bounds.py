@@ -91,8 +91,8 @@ def test_guided_rows_may_be_none_and_tokens_may_not() -> None:
 
 
 STEPS = [
-    {"tokens": t, "rows": r, "guided": g, "segments": s}
-    for t, r, g, s in combinations((1, 2, 9), (1, 5), (0, 3), (1, 2))
+    {"tokens": t, "rows": r, "guided": g, "segments": s, "active": a}
+    for t, r, g, s, a in combinations((1, 2, 9), (1, 5), (0, 3), (1, 2), (0, 4))
 ]
 
 

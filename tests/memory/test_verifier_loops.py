@@ -263,7 +263,10 @@ MIXED = View("x", (CHUNK, Affine(5)), shape(4, 1), Affine(0, (("start", 4),)))
             "'d' at .* is overwritten by 'c'",
         ),
         # sizes of an iteration mean nothing outside
-        (looped(([X], [])), r"instruction 0 .*: expected the sizes tokens, rows, guided, segments, found chunk, start"),
+        (
+            looped(([X], [])),
+            r"instruction 0 .*: expected the sizes tokens, rows, guided, segments, active, found chunk, start",
+        ),
         (looped(MAKE_X, x=at(0, Affine(0, (("start", 1),)), 4)), "'x': expected the sizes .*chunk, found start"),
     ],
 )

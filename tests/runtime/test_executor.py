@@ -90,7 +90,7 @@ def step_of(tokens: int, rows: int, seed: int = 0) -> tuple[dict[str, int], dict
         "rows": random.integers(0, tokens, rows),
         "scale": random.standard_normal(tokens, np.float32),
     }
-    return {"tokens": tokens, "rows": rows, "guided": 0, "segments": 1}, inputs
+    return {"tokens": tokens, "rows": rows, "guided": 0, "segments": 1, "active": 0}, inputs
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +238,9 @@ def test_an_input_of_another_dtype_or_shape_is_refused_by_name(
 
 @pytest.mark.parametrize("symbol", SYMBOLS)
 def test_sizes_that_were_not_planned_for_are_refused(executor: Executor, symbol: str) -> None:
-    """Larger ones would not fit into their bytes of the arena; only guided rows may be none."""
+    """Larger ones would not fit into their bytes of the arena; only guided rows and active tokens may be none."""
     sizes, inputs = step_of(5, 2)
-    least = 0 if symbol == "guided" else 1
+    least = 0 if symbol in ("guided", "active") else 1
     for wrong in (MAXIMA[symbol] + 1, least - 1):
         limits = f"expected {least} to {MAXIMA[symbol]} {symbol} a step, found {wrong}"
         with pytest.raises(ProgramError, match=f"^program 'dense': {limits}$"):

@@ -147,14 +147,49 @@ def test_suppressing_the_whole_vocabulary_is_refused() -> None:
         require_servable(SamplingParams(suppress_tokens=[3, 2, 1, 0]), vocab_size=4)
 
 
-def test_cached_decoding_is_refused_as_not_available() -> None:
-    assert CachePolicy() == CachePolicy(mode="none")
-    with pytest.raises(
-        RequestError, match="'block': cached decoding is not available in this version; expected 'none'"
-    ):
-        CachePolicy(mode="block")
-    with pytest.raises(RequestError, match="mode is 'lru'; expected 'none'"):
-        CachePolicy(mode="lru")
+def test_the_default_policy_is_the_dual_cache() -> None:
+    dual_cache = CachePolicy("block", retention=1.0, selection="per_head", pool=3, delay=0, refresh_interval=None)
+    assert CachePolicy() == dual_cache
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "expected"),
+    [
+        ("mode", "lru", "one of block, none"),
+        *[("retention", bad, "a number in (0, 1]") for bad in (0, 0.0, -0.5, 1.01, math.nan, True, "1")],
+        ("selection", "global", "one of per_head, shared"),
+        *[("pool", bad, "an odd integer in [1, 255]") for bad in (0, 2, -3, 257, 3.0, None, True)],
+        *[("delay", bad, "an integer >= 0") for bad in (-1, 0.5, None, False)],
+        *[("refresh_interval", bad, "an integer >= 1, or None") for bad in (0, -1, 2.0, True)],
+    ],
+)
+def test_a_policy_that_cannot_be_served_is_refused(field: str, bad: Any, expected: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(f"CachePolicy.{field} is {bad!r}; expected {expected}")):
+        CachePolicy(**{field: bad})
+
+
+@pytest.mark.parametrize(
+    ("policy", "phases"),
+    [
+        (CachePolicy(mode="none", delay=1), "full full full full full"),
+        (CachePolicy(), "refresh reuse reuse reuse reuse"),
+        (CachePolicy(delay=2), "full full refresh reuse reuse"),
+        (CachePolicy(refresh_interval=2), "refresh reuse refresh reuse refresh"),
+        (CachePolicy(delay=1, refresh_interval=3), "full refresh reuse reuse refresh"),
+        (CachePolicy(refresh_interval=1), "refresh refresh refresh refresh refresh"),
+    ],
+)
+def test_phases_of_a_block(policy: CachePolicy, phases: str) -> None:
+    assert [policy.phase(step) for step in range(5)] == phases.split()
+
+
+@pytest.mark.parametrize(
+    ("retention", "candidates", "kept"),
+    [(1.0, 7, 7), (0.5, 7, 3), (0.1, 7, 1), (0.01, 7, 1), (0.3, 0, 0), (1.0, 1, 1), (0.99, 100, 99)],
+)
+def test_how_many_keys_a_head_keeps(retention: float, candidates: int, kept: int) -> None:
+    """`min(max(1, int(n * retention)), n)`"""
+    assert CachePolicy(retention=retention).kept(candidates) == kept
 
 
 @pytest.mark.parametrize("content", [7, None, b"text", {1: 2}])
