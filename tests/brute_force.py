@@ -1,7 +1,7 @@
 """A decoder that follows semantics.md word for word: what dllmc's results are compared against.
 
-One request at a time, one full forward pass a step, Python loops and float64; nothing here is shared with dllmc.
-It also measures how clear-cut its decisions were (`Decoded.margin`), so that a test that compares a float32 run
+One request at a time, Python loops and float64; nothing here is shared with dllmc. Dense passes run the model as it
+is, cached ones (`tests.brute_force_cache`) its float64 twin. It also measures how clear-cut its decisions were (`Decoded.margin`), so that a test that compares a float32 run
 can set aside the few examples in which rounding may decide.
 """
 
@@ -9,14 +9,20 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+
+from tests.brute_force_cache import CachedSide, Policy, phase
+from tests.layered import LayeredModel, layered
 
 Model = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Logits = NDArray[np.float64]
+Side = Callable[[Sequence[int], range, int], tuple[Logits, float]]
+"""One forward pass of a step: (ids, block, step in the block) -> logits [len(ids), V], margin of its selection."""
 
 TOP_P_LIMIT = 1024  # top-p looks within this many best tokens
 GUMBEL_STREAM, CONFIDENCE_STREAM = 0, 1
@@ -35,18 +41,24 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A completion. `forward_passes` counts steps: a guided step is one, though the model runs twice.
+    """A completion.
 
     `logprobs[i]` is the clean log-probability of token i when it was committed, None where it was infilled.
     `margin` is the smallest change that would have altered a decision: in logits for the choice of a token, in
-    probability for the edge of top-p, in the measure's own unit for confidences.
+    probability for the edge of top-p, in the measure's own unit for confidences, in scores for what is cached.
+    `phases` says what each step was: "full", "refresh" or "reuse".
     """
 
     token_ids: list[int]
     finish_reason: str
-    forward_passes: int
     logprobs: list[float | None]
     margin: float
+    phases: list[str]
+
+    @property
+    def forward_passes(self) -> int:
+        """How many steps it took: a guided step is one, though the model runs twice."""
+        return len(self.phases)
 
     @property
     def decisive(self) -> bool:
@@ -55,7 +67,7 @@ class Decoded:
 
 
 def decode(
-    model: Model,
+    model: Model | LayeredModel,
     spec: Spec,
     prompt_ids: Sequence[int],
     *,
@@ -76,9 +88,12 @@ def decode(
     defer_tokens: Collection[int] = (),
     infill: Mapping[int, int] | None = None,
     reference: Sequence[int] | None = None,
+    cache: Mapping[str, Any] | None = None,
 ) -> Decoded:
-    """Decode one prompt densely (`mode="none"`). `infill` maps offsets in the generation region to token ids.
+    """Decode one prompt. `infill` maps offsets in the generation region to token ids.
 
+    `cache` has CachePolicy's arguments, with mode="block" if it says nothing else; None decodes densely. What is
+    cached is computed by a `LayeredModel`; the reference models have one each (`layered`).
     With a `reference` of `gen_length` tokens, those are committed in place of the choices (teacher forcing).
 
     Raises ValueError where `steps` do not split evenly over the blocks, or come together with a threshold.
@@ -97,24 +112,31 @@ def decode(
     logprobs: list[float | None] = [None] * total
     for offset, token in (infill or {}).items():
         ids[begin + offset], masked[begin + offset] = token, False
-    forward_passes, margin = 0, math.inf
+    policy = Policy(**({"mode": "none"} if cache is None else cache))
+    sides = [(side_of(model, spec, policy), list(prompt_ids))]
+    if cfg_scale != 0:
+        sides.append((side_of(model, spec, policy), [spec.mask_id] * begin))
+    phases: list[str] = []
+    margin = math.inf
 
     for start in range(begin, total, block_length):
         end = min(start + block_length, total)
         masked_at_start, i = sum(masked[start:end]), 0
         while any(masked[start:end]):
-            logits = dense_logits(model, spec, ids, begin, cfg_scale)
+            logits, selection_margin = step_logits(sides, ids[begin:], cfg_scale, range(start, end), i)
+            margin, step = min(margin, selection_margin), len(phases)
+            phases.append(phase(policy, i))
             logits[:, list(suppress_tokens)] = -math.inf
             candidates = [p for p in range(start, end) if masked[p]]
             row = {p: logits[max(p - 1, 0) if spec.shifted else p] for p in candidates}
 
             choice, confidence = {}, {}
             for p in candidates:
-                noise = [gumbel(seed, v, p, forward_passes) for v in range(len(row[p]))] if temperature else None
+                noise = [gumbel(seed, v, p, step) for v in range(len(row[p]))] if temperature else None
                 choice[p], choice_margin = choose(row[p], temperature, top_k, top_p, noise)
                 margin = min(margin, choice_margin)
                 if remasking == "random":
-                    confidence[p] = uniform(seed, 0, p, forward_passes, CONFIDENCE_STREAM)
+                    confidence[p] = uniform(seed, 0, p, step, CONFIDENCE_STREAM)
                 else:
                     confidence[p] = confidence_of(remasking, row[p], choice[p])
             if any(choice[p] not in defer_tokens for p in candidates):
@@ -132,21 +154,31 @@ def decode(
                 ids[p], masked[p] = choice[p] if reference is None else reference[p - begin], False
                 probability = softmax(row[p])[ids[p]]
                 logprobs[p] = math.log(probability) if probability > 0 else -math.inf
-            forward_passes, i = forward_passes + 1, i + 1
+            i += 1
 
         stop = next((p for p in range(start, end) if ids[p] in stops), None)
         if stop is not None:
-            return Decoded(ids[begin : stop + 1], "stop", forward_passes, logprobs[begin : stop + 1], margin)
-    return Decoded(ids[begin:], "length", forward_passes, logprobs[begin:], margin)
+            return Decoded(ids[begin : stop + 1], "stop", logprobs[begin : stop + 1], margin, phases)
+    return Decoded(ids[begin:], "length", logprobs[begin:], margin, phases)
 
 
-def dense_logits(model: Model, spec: Spec, ids: Sequence[int], prompt_length: int, cfg_scale: float) -> Logits:
-    """Logits [len(ids), V] of a Full pass over all tokens, with guidance if `cfg_scale` is not 0."""
-    conditional = forward(model, ids)
-    if cfg_scale == 0:
-        return conditional
-    unconditional = forward(model, [*[spec.mask_id] * prompt_length, *ids[prompt_length:]])
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+def side_of(model: Model | LayeredModel, spec: Spec, policy: Policy) -> Side:
+    """One side of a request: dense passes of the model, or passes with a cache of its own."""
+    if policy.mode == "none":
+        return lambda ids, block, i: (forward(model, ids), math.inf)
+    return CachedSide(layered(model) if isinstance(model, nn.Module) else model, policy, spec.shifted)
+
+
+def step_logits(
+    sides: Sequence[tuple[Side, list[int]]], generation: Sequence[int], cfg_scale: float, block: range, i: int
+) -> tuple[Logits, float]:
+    """A step's logits [tokens, V] and its selection's margin: of one side, or guided, each side with its own prompt."""
+    passes = [side([*prompt, *generation], block, i) for side, prompt in sides]
+    margin = min(selection_margin for _, selection_margin in passes)
+    if len(passes) == 1:
+        return passes[0][0], margin
+    (conditional, _), (unconditional, _) = passes
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional), margin
 
 
 def forward(model: Model, ids: Sequence[int]) -> Logits:

@@ -30,12 +30,13 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, SamplingParams' arguments, the tokens fixed in the generation region, and those forced on it."""
+    """A prompt, SamplingParams' arguments, tokens fixed in the generation region, those forced on it, CachePolicy's."""
 
     prompt_ids: list[int]
     params: dict[str, Any]
     infill: dict[int, int]
     reference: list[int] | None
+    cache: dict[str, Any]
 
 
 def build(tiny: TinyModel) -> nn.Module:
@@ -117,13 +118,13 @@ def dream_configs(draw: st.DrawFn, vocab_size: int) -> DreamConfig:
 
 @st.composite
 def requests(draw: st.DrawFn, spec: ModelSpec) -> Request:
-    """A prompt, parameters that are valid together, and now and then infilled tokens or a reference."""
+    """A prompt, parameters that are valid together, a cache policy, now and then infilled tokens or a reference."""
     params = draw(sampling_params(spec))
     infill = draw(st.one_of(st.just({}), infills(spec, params["gen_length"])))
     length = params["gen_length"]
     forced = st.lists(st.integers(0, spec.vocab_size - 1), min_size=length, max_size=length)
     reference = draw(forced) if draw(st.integers(0, 3)) == 0 else None
-    return Request(draw(prompts(spec)), params, infill, reference)
+    return Request(draw(prompts(spec)), params, infill, reference, draw(cache_policies()))
 
 
 def prompts(spec: ModelSpec) -> st.SearchStrategy[list[int]]:
@@ -173,3 +174,18 @@ def sampling_params(draw: st.DrawFn, spec: ModelSpec) -> dict[str, Any]:
     if "threshold" in params and params["remasking"] == "entropy":  # its confidences are negative
         params["threshold"] = math.log(params["threshold"])
     return params
+
+
+@st.composite
+def cache_policies(draw: st.DrawFn) -> dict[str, Any]:
+    """CachePolicy's arguments: dense now and then, else any schedule, and selections from a single key to all."""
+    if draw(st.integers(0, 3)) == 0:
+        return {"mode": "none"}
+    return {
+        "mode": "block",
+        "retention": draw(st.sampled_from((1e-6, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0))),
+        "selection": draw(st.sampled_from(("per_head", "shared"))),
+        "pool": draw(st.sampled_from((1, 3, 5, 7))),
+        "delay": draw(st.integers(0, 3)),
+        "refresh_interval": draw(st.none() | st.integers(1, 4)),
+    }

@@ -6,11 +6,11 @@ from tests.brute_force import decode
 from tests.golden.cases import Case, all_cases, dense_cases, load_model
 
 
-@pytest.mark.parametrize("case", dense_cases(), ids=str)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_tokens_and_passes_match_the_golden_output(case: Case) -> None:
     """Token for token; forward passes too where the file gives them."""
     model, spec = load_model(case.folder)
-    decoded = decode(model, spec, case.prompt_ids, **case.kwargs)
+    decoded = decode(model, spec, case.prompt_ids, **case.kwargs, cache=case.cache)
     assert decoded.token_ids == case.completion
     assert case.nfe is None or decoded.forward_passes == case.nfe
 
