@@ -1,8 +1,9 @@
 """A decoder that follows semantics.md word for word: what dllmc's results are compared against.
 
 One request at a time, Python loops and float64; nothing here is shared with dllmc. Dense passes run the model as it
-is, cached ones (`tests.brute_force_cache`) its float64 twin. It also measures how clear-cut its decisions were (`Decoded.margin`), so that a test that compares a float32 run
-can set aside the few examples in which rounding may decide.
+is, cached ones (`tests.brute_force_cache`) its float64 twin. It also measures how clear-cut its decisions were
+(`Decoded.margin`), so that a test that compares a float32 run can set aside the few examples in which rounding may
+decide.
 """
 
 import math

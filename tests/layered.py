@@ -131,7 +131,7 @@ class Transformer:
         return self.logit_scale * (x @ embedding.T if tied else self.linear(x, n.head))
 
     def linear(self, x: Array, name: str) -> Array:
-        """x @ W.T, plus the bias if there is one: [n, in] -> [n, out]."""
+        """Multiply by W.T and add the bias if there is one: [n, in] -> [n, out]."""
         return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
 
     def norm(self, x: Array, name: str) -> Array:
@@ -144,7 +144,7 @@ class Transformer:
         return self.linear(x, name).reshape(len(x), heads, -1).swapaxes(0, 1)
 
     def rotate(self, x: Array, positions: Sequence[int]) -> Array:
-        """RoPE: element j of a head's first half turns with element j of its second, by position * theta^(-j / half)."""
+        """RoPE: element j of a head's first half and j of its second turn by position * theta^(-j / half)."""
         half = x.shape[-1] // 2
         angle = np.array(positions)[:, None] * self.theta ** (-np.arange(half) / half)
         first, second = x[..., :half], x[..., half:]
@@ -164,3 +164,20 @@ def attention(q: Array, k: Array, v: Array) -> Array:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[g] = weights / weights.sum(-1, keepdims=True) @ v[g // group]
     return out
+
+
+def shaken(model: LayeredModel, seed: int) -> LayeredModel:
+    """The model with random errors of float32's size: 1e-6 of each element of q, k and v, and 5e-6 in the logits."""
+    generator = np.random.default_rng(seed)
+
+    def noise(x: Array) -> Array:
+        return generator.uniform(-1, 1, x.shape)
+
+    def run(ids: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
+        def attend_shaken(layer: int, *qkv: Array) -> Array:
+            return attend(layer, *(x * (1 + 1e-6 * noise(x)) for x in qkv))
+
+        logits = model(ids, positions, attend_shaken)
+        return logits + 5e-6 * noise(logits)
+
+    return run

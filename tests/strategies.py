@@ -178,14 +178,17 @@ def sampling_params(draw: st.DrawFn, spec: ModelSpec) -> dict[str, Any]:
 
 @st.composite
 def cache_policies(draw: st.DrawFn) -> dict[str, Any]:
-    """CachePolicy's arguments: dense now and then, else any schedule, and selections from a single key to all."""
-    if draw(st.integers(0, 3)) == 0:
+    """CachePolicy's arguments: dense now and then, else any schedule, and selections from a single key to all.
+
+    Short delays and long intervals are the rule, for blocks are short and steps of Reuse are what is to be seen.
+    """
+    if draw(st.sampled_from(("block", "block", "block", "block", "block", "none"))) == "none":
         return {"mode": "none"}
     return {
         "mode": "block",
-        "retention": draw(st.sampled_from((1e-6, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0))),
+        "retention": draw(st.sampled_from((0.5, 0.3, 0.25, 0.7, 0.1, 0.9, 1e-6, 1.0))),
         "selection": draw(st.sampled_from(("per_head", "shared"))),
         "pool": draw(st.sampled_from((1, 3, 5, 7))),
-        "delay": draw(st.integers(0, 3)),
-        "refresh_interval": draw(st.none() | st.integers(1, 4)),
+        "delay": draw(st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3))),
+        "refresh_interval": draw(st.sampled_from((None, None, None, 1, 2, 3, 4))),
     }
