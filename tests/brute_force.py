@@ -163,8 +163,8 @@ def decode(
     return Decoded(ids[begin:], "length", logprobs[begin:], margin, phases)
 
 
-def side_of(model: Model | LayeredModel, spec: Spec, policy: Policy) -> Side:
-    """One side of a request: dense passes of the model, or passes with a cache of its own."""
+def side_of(model: Any, spec: Spec, policy: Policy) -> Side:
+    """One side of a request: dense passes of a `Model`, or passes of a `LayeredModel` with a cache of its own."""
     if policy.mode == "none":
         return lambda ids, block, i: (forward(model, ids), math.inf)
     return CachedSide(layered(model) if isinstance(model, nn.Module) else model, policy, spec.shifted)

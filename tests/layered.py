@@ -136,8 +136,9 @@ class Transformer:
 
     def norm(self, x: Array, name: str) -> Array:
         """RMSNorm over the last axis, with whatever of weight and bias there is."""
-        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.eps)
-        return y * self.weights.get(f"{name}.weight", 1.0) + self.weights.get(f"{name}.bias", 0.0)
+        y: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.eps)
+        y = y * self.weights.get(f"{name}.weight", 1.0)
+        return y + self.weights.get(f"{name}.bias", 0.0)
 
     def heads(self, x: Array, name: str, heads: int) -> Array:
         """A projection split into its heads: [n, width] -> [heads, n, head_dim]."""

@@ -24,24 +24,29 @@ LETTERS = {"full": "F", "refresh": "R", "reuse": "u"}
 
 
 class Toy:
-    """A `LayeredModel` of one layer: `scores[h][p]` is how much every query of head h looks at position p.
+    """A `LayeredModel` of one layer: `scores[h][p]` is how much a query of head h looks at position p.
 
-    It predicts token 3, the surer the lower the position. `passes` are the positions that each pass computed, and
-    what its queries saw, head by head; a mask token looks as its position does, less `mask_penalty`.
+    `queries[p]`, 1 unless given, multiplies what position p thinks of others; a mask token is looked at as its
+    position is, less `mask_penalty`. It predicts token 3, the surer the lower the position. `passes` are the positions that each
+    pass computed, and what its queries saw, head by head.
     """
 
-    def __init__(self, *scores: Sequence[float], mask_penalty: float = 0.0) -> None:
+    def __init__(
+        self, *scores: Sequence[float], queries: Sequence[float] | None = None, mask_penalty: float = 0.0
+    ) -> None:
         self.scores, self.mask_penalty = np.array(scores), mask_penalty
+        self.queries = np.ones(len(scores[0])) if queries is None else np.array(queries)
         self.passes: list[tuple[list[int], list[list[int]]]] = []
 
     def __call__(self, ids: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
         heads, size = self.scores.shape
         q, k = np.zeros((heads, len(ids), size)), np.zeros((heads, len(ids), size))
-        q[:, :, 0], penalty = 1, self.mask_penalty * (np.array(ids) == SPEC.mask_id)
+        q[:, :, 0] = self.queries[positions]
+        penalty = self.mask_penalty * (np.array(ids) == SPEC.mask_id)
         k[:, :, 0] = (self.scores[:, positions] - penalty) * math.sqrt(size)
         v = np.broadcast_to(np.eye(size)[positions], q.shape)
         weights = attend(0, q, k, v)
-        assert (weights == weights[:, :1]).all()
+        assert ((weights > 0) == (weights[:, :1] > 0)).all()
         self.passes.append((list(positions), [np.flatnonzero(head[0]).tolist() for head in weights]))
         logits = np.zeros((len(ids), SPEC.vocab_size))
         logits[:, 3] = 5 - 0.1 * np.array(positions)
@@ -160,6 +165,14 @@ def test_guided_sides_select_and_cache_each_for_itself() -> None:
     assert toy.passes[3] == ([2, 3], [[2, 3, 4, 5]])
 
 
+def test_only_the_active_span_asks() -> None:
+    """Queries outside it, here of the opposite sign, have no say; the shifted model's span has one more."""
+    for spec, best in (SPEC, 0), (SHIFTED, 1):
+        toy = Toy([3, 0, 1, 1, 1, 1], queries=[-9, -9, -9, 1, 1, 1])
+        run(toy, 3, 3, spec=spec, cache={"retention": 0.4, "pool": 1})
+        assert toy.passes[1][1] == [sorted({best, *toy.passes[1][0]})]
+
+
 @pytest.mark.parametrize(
     ("selection", "scores"),
     [("per_head", [[3, 2, 5], [4, 2, 0]]), ("shared", [[2.5, 1.5, 1.5]] * 2)],
@@ -182,7 +195,7 @@ def test_pooled_scores(pool: int, pooled: list[int]) -> None:
     assert max_pool([4, 0, 1, 0, 2, 3], pool) == pooled
 
 
-def kept(scores: list[float], **policy: Any) -> list[int]:
+def kept(scores: Sequence[float], **policy: Any) -> list[int]:
     """What one head keeps of candidates with these scores, best first."""
     [positions], _ = select(np.ones((1, 1, 1)), np.array(scores).reshape(1, -1, 1), Policy(**policy))
     return positions
@@ -243,6 +256,9 @@ def test_the_margin_of_a_completion_includes_its_selections() -> None:
     decoded = run(Toy([1 + 1e-7, 1.0, 0, 0, 0, 0]), 4, 2, cache={"retention": 0.25, "pool": 1})
     assert decoded.margin == pytest.approx(1e-7, rel=1e-3)
     assert not decoded.decisive
+    guided = Toy([4, 3, 0, 0, 4 + 1e-7, 0], mask_penalty=2.0)  # close where the prompt is masked as well
+    decoded = run(guided, 2, 4, block_length=2, cfg_scale=1.0, cache={"retention": 0.25, "pool": 1})
+    assert decoded.margin == pytest.approx(1e-7, rel=1e-3)
     assert run(Toy([2.0, 1.0, 0, 0, 0, 0]), 4, 2, cache={"retention": 0.25, "pool": 1}).margin > 1e-3
 
 
@@ -269,7 +285,7 @@ def test_one_layer_that_keeps_everything_is_dense(tiny: TinyModel, selection: st
 def compare_with_dense(tiny: TinyModel, data: st.DataObject, cache: dict[str, Any]) -> None:
     """Decode a drawn request with a cache and without."""
     request, model = data.draw(requests(tiny.spec)), build(tiny)
-    rest = {"infill": request.infill, "reference": request.reference}
+    rest: dict[str, Any] = {"infill": request.infill, "reference": request.reference}
     dense = decode(model, tiny.spec, request.prompt_ids, **request.params, **rest)
     cached = decode(model, tiny.spec, request.prompt_ids, **request.params, **rest, cache=cache)
     assume(dense.decisive)
