@@ -27,8 +27,8 @@ class Toy:
     """A `LayeredModel` of one layer: `scores[h][p]` is how much a query of head h looks at position p.
 
     `queries[p]`, 1 unless given, multiplies what position p thinks of others; a mask token is looked at as its
-    position is, less `mask_penalty`. It predicts token 3, the surer the lower the position. `passes` are the positions that each
-    pass computed, and what its queries saw, head by head.
+    position is, less `mask_penalty`. It predicts token 3, the surer the lower the position. `passes` are the
+    positions that each pass computed, and what its queries saw, head by head.
     """
 
     def __init__(
