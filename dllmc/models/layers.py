@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles in float32: positions [B, T] -> two of [B, 1, T, head_dim]."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[:, :, None].float() * theta**-exponent
+    angles = position_ids[:, :, None].float() * (1.0 / theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
 

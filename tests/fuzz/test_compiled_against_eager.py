@@ -13,7 +13,6 @@ from tests.brute_force import decode
 from tests.strategies import TinyModel, build, models, requests
 
 REQUESTS = 6
-CACHED = False  # the engine decodes dense only
 
 
 def check(max_examples: int) -> Counter[str]:
@@ -31,14 +30,13 @@ def check(max_examples: int) -> Counter[str]:
             options = dllmc.CompileOptions(128, max_requests=8, max_logit_rows=32, passes=passes)
             artifact = dllmc.compile(model, f"{folder}/artifact", options, tiny.spec)
             engine = dllmc.load(artifact.path)
-        policies = [r.cache if CACHED else {"mode": "none"} for r in drawn]
         results = engine.generate(
             [dllmc.Prompt(r.prompt_ids, r.infill, r.reference) for r in drawn],
             [dllmc.SamplingParams(**r.params, logprobs=True) for r in drawn],
-            [dllmc.CachePolicy(**policy) for policy in policies],
+            [dllmc.CachePolicy(**r.cache) for r in drawn],
         )
-        for request, result, policy in zip(drawn, results, policies, strict=True):
-            rest = {"infill": request.infill, "reference": request.reference, "cache": policy}
+        for request, result in zip(drawn, results, strict=True):
+            rest = {"infill": request.infill, "reference": request.reference, "cache": request.cache}
             expected = decode(model, tiny.spec, request.prompt_ids, **request.params, **rest)
             seen.update(["all", "decisive" if expected.decisive else "undecided"])
             if expected.decisive:

@@ -53,4 +53,4 @@ def test_tokens_under_three_budgets(folder: str, tmp_path: Path) -> None:
         params = [dllmc.SamplingParams(**case.kwargs) for case in cases]
         results = dllmc.load(artifact.path).generate([case.prompt_ids for case in cases], params)
         assert [r.token_ids for r in results] == [case.completion for case in cases]
-    assert chunks[0] < chunks[1] < chunks[2] == sizes(folder)["max_tokens_per_step"]
+    assert chunks[0] < chunks[1] <= chunks[2] == sizes(folder)["max_tokens_per_step"]
