@@ -72,7 +72,7 @@ class Opened:
         self.step: Callable[[list[int]], list[int]]
         if method == "dllmc":
             engine = dllmc.load(folder)
-            weights = engine._executor.memory.weights.values()
+            weights = engine.memory.weights.values()
             params = dllmc.SamplingParams(gen_length=ROWS, block_length=ROWS, steps=1, ignore_eos=True)
             self.step = lambda prompt: list(engine.generate(prompt, params)[0].token_ids)
         else:

@@ -93,7 +93,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     prompts, params = zip(*mixed(setting), strict=True)
     with report.PeakMemory() as loading:
         engine = dllmc.load(folder)
-        for weight in engine._executor.memory.weights.values():  # mapped from files: read every page
+        for weight in engine.memory.weights.values():  # mapped from files: read every page
             weight.flatten()[:: 4096 // weight.element_size()].sum()
     with report.PeakMemory() as decoding:
         engine.generate(list(prompts), list(params))
@@ -107,7 +107,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         "grown_after_load_bytes": decoding.peak - decoding.start,
         "peak_by": decoding.by,
         "steps": engine.steps,
-        "shapes": len(engine._executor._bindings),
+        "shapes": sum(len(executor._bindings) for executor in engine._executors.values()),
     }
 
 

@@ -53,7 +53,7 @@ import resource, dllmc, os
 engine = dllmc.load({str(wide)!r})
 params = dllmc.SamplingParams(gen_length={ROWS}, block_length={ROWS}, steps=2, ignore_eos=True)
 warm = dllmc.SamplingParams(gen_length=8, block_length=8, steps=1, ignore_eos=True)
-weights = list(engine._executor.memory.weights.values())
+weights = list(engine.memory.weights.values())
 sum(float(w.double().sum()) for w in weights if w.is_floating_point() and w.numel() < 1_000_000)
 [w.view(-1)[::1024].sum() for w in weights]  # the mapped weights are resident before measuring
 engine.generate([[5, 6, 7]], warm)

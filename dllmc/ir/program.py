@@ -38,6 +38,8 @@ class Affine:
 
     def at(self, sizes: Sizes) -> int:
         """The value for given sizes."""
+        if not self.terms:
+            return self.constant
         return self.constant + sum(coefficient * sizes[symbol] for symbol, coefficient in self.terms)
 
     def least(self, maxima: Sizes) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dllmc.ir.program import Program, Sizes, Tensor, View, aligned
+from dllmc.ir.program import DTYPE_BYTES, Program, Sizes, Tensor, View, aligned, dense_strides
 
 
 class Memory:
@@ -15,42 +15,57 @@ class Memory:
     """
 
     def __init__(self, programs: Sequence[Program], weights: Mapping[str, torch.Tensor]) -> None:
-        self.arena = _block(max(program.arena_bytes or 0 for program in programs))
-        self.state = _block(max(program.state_bytes for program in programs))
         self.weights = weights
         largest = max(programs, key=lambda program: program.cache_bytes)
-        self.pool = _block(largest.cache_bytes)
-        self._cache_offsets = _offsets(largest.caches, largest.maxima)
+        self.arena = Block(max(program.arena_bytes or 0 for program in programs))
+        self.state = Block(max(program.state_bytes for program in programs))
+        self.pool = Block(largest.cache_bytes)
+        self._caches = _offsets(largest.caches, largest.maxima)
+        self._inputs = {program.name: _offsets(program.inputs, program.maxima) for program in programs}
 
     def tensor(self, program: Program, name: str, sizes: Sizes) -> torch.Tensor:
         """An input, weight, buffer or cache of a program as it lies in memory, for a step of given sizes.
 
         `sizes` has the pool's `pages` where the program has caches.
         """
-        described = program.tensor(name)
-        if name in program.weights:
-            return self.weights[name]
-        if name in program.caches:
-            block, offset = self.pool, self._cache_offsets[name]
-        elif name in program.inputs:
-            block, offset = self.state, _offsets(program.inputs, program.maxima)[name]
-        else:
-            assert described.offset is not None
-            block, offset = self.arena, described.offset
-        size = described.size_bytes(sizes)
-        shape = [dim.at(sizes) for dim in described.shape]
-        return block[offset : offset + size].view(_dtype(described)).view(shape)
+        shape = program.tensor(name).shape
+        return self.view(program, View(name, shape, dense_strides(shape)), sizes)
 
     def view(self, program: Program, operand: View, sizes: Sizes) -> torch.Tensor:
         """An operand's window on its tensor, for a step of given sizes."""
-        base = self.tensor(program, operand.base, sizes)
+        base, start = self._place(program, operand.base)
         shape = [dim.at(sizes) for dim in operand.shape]
         strides = [dim.at(sizes) for dim in operand.strides]
-        return base.as_strided(shape, strides, base.storage_offset() + operand.offset.at(sizes))
+        return base.as_strided(shape, strides, start + operand.offset.at(sizes))
+
+    def _place(self, program: Program, name: str) -> tuple[torch.Tensor, int]:
+        """Memory of a tensor's dtype, and where the tensor begins in it, in elements."""
+        if name in program.weights:
+            return self.weights[name], int(self.weights[name].storage_offset())
+        tensor = program.tensor(name)
+        if name in program.caches:
+            block, offset = self.pool, self._caches[name]
+        elif name in program.inputs:
+            block, offset = self.state, self._inputs[program.name][name]
+        else:
+            assert tensor.offset is not None
+            block, offset = self.arena, tensor.offset
+        return block.of(tensor.dtype), offset // DTYPE_BYTES[tensor.dtype]
 
 
-def _block(size_bytes: int) -> torch.Tensor:
-    return torch.zeros(size_bytes, dtype=torch.uint8)
+class Block:
+    """Bytes, touched, and views of all of them as other dtypes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.bytes = torch.zeros(size_bytes, dtype=torch.uint8)
+        self._views: dict[str, torch.Tensor] = {}
+
+    def of(self, dtype: str) -> torch.Tensor:
+        """All of them, as elements of that dtype."""
+        if dtype not in self._views:
+            whole = self.bytes.numel() // DTYPE_BYTES[dtype] * DTYPE_BYTES[dtype]
+            self._views[dtype] = self.bytes[:whole].view(getattr(torch, dtype))
+        return self._views[dtype]
 
 
 def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes) -> dict[str, int]:
@@ -60,8 +75,3 @@ def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes) -> dict[str, int]:
         offsets[name] = end
         end += aligned(tensor.size_bytes(maxima))
     return offsets
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    found: torch.dtype = getattr(torch, tensor.dtype)
-    return found

@@ -124,10 +124,28 @@ def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows: int, more: int, 
     assert 0 < tiling.columns <= columns
 
 
-def test_only_half_precision_has_a_workspace() -> None:
-    """Other dtypes are multiplied by torch's own GEMM on any CPU."""
+@pytest.mark.parametrize("rows", [1, 5, 31, 32, 33, 60])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_rows_of_float32(rows: int, with_bias: bool) -> None:
+    """The product is made in the workspace and turned; out may be columns of something wider. Nothing is allocated."""
+    x, weight = random(rows, 300, dtype=torch.float32, seed=1), random(77, 300, dtype=torch.float32, seed=2)
+    bias = random(77, dtype=torch.float32, seed=3) if with_bias else None
+    around = torch.full((rows, 90), UNTOUCHED)
+    out = around[:, 5:82]
+    workspace = torch.full((workspace_of([x, weight]),), 255, dtype=torch.uint8)
+    call = operator("aten.linear.default").bind([x, weight, bias], [out], workspace)
+    operands = [t for t in (x, weight, bias, around, workspace) if t is not None]
+    assert bytes_outside(operands, call) == 0
+    assert_rounded_once(out, x, weight, bias)
+    assert (around[:, :5] == UNTOUCHED).all()
+    assert (around[:, 82:] == UNTOUCHED).all()
+
+
+def test_workspace_by_dtype() -> None:
+    """In float32 the product of few rows; what every CPU multiplies as it is, float64, needs none."""
     x, weight = torch.ones(1, 4, 8), torch.ones(3, 8)
-    assert [workspace_of([x.to(d), weight.to(d)]) for d in (torch.float32, torch.float64)] == [0, 0]
+    assert [workspace_of([x.to(d), weight.to(d)]) for d in (torch.float32, torch.float64)] == [4 * 4 * 3, 0]
+    assert workspace_of([torch.ones(1, 50, 8), weight]) == 4 * 32 * 3
     assert [workspace_of([x.to(d), weight.to(d)]) for d in HALF] == [4 * (4 * 8 + 3 * 8 + 4 * 3 + 3)] * 2
 
 

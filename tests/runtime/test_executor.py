@@ -138,14 +138,14 @@ def test_steps_leave_nothing_behind(steps: list[tuple[int, int, int]]) -> None:
     executor = executor_of(planned(hand_written()), weights)
     for tokens, rows, seed in steps:
         check(executor, weights, tokens, rows, seed)
-        executor.memory.arena.fill_(255)
+        executor.memory.arena.bytes.fill_(255)
         check(executor, weights, tokens, rows, seed + 1)
 
 
 def test_the_arena_is_smaller_than_its_buffers_together(executor: Executor) -> None:
     """So the tests above run with buffers in each other's bytes."""
     program = executor.program
-    assert executor.memory.arena.numel() == program.arena_bytes
+    assert executor.memory.arena.bytes.numel() == program.arena_bytes
     assert program.arena_bytes is not None
     assert program.arena_bytes < sum(b.size_bytes(MAXIMA) for b in program.buffers.values()) / 1.5
 
@@ -154,7 +154,7 @@ def test_outputs_stay_where_they_are(executor: Executor) -> None:
     """Every step of one shape returns the same memory, inside the arena or the state, and no other is allocated."""
     sizes, inputs = step_of(7, 4)
     first = {name: address(output) for name, output in executor.run(sizes, inputs).items()}
-    blocks = (executor.memory.arena, executor.memory.state)
+    blocks = (executor.memory.arena.bytes, executor.memory.state.bytes)
     before = [(block.data_ptr(), block.numel()) for block in blocks]
     for seed in range(3):
         executor.run(*step_of(3, 2, seed))
