@@ -174,7 +174,8 @@ def step_inputs(
 def execute(step: StepGraph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run the step's graph eagerly; of `inputs` it takes those that it has. Outputs by name."""
     step.module.recompile()
-    values = [inputs[role.name] if role.kind == "input" else step.tensors[role.name] for _, role in step.placeholders()]
+    given = ("input", "cache")
+    values = [(inputs if role.kind in given else step.tensors)[role.name] for _, role in step.placeholders()]
     return dict(zip(step.outputs, fx.Interpreter(step.module).run(*values), strict=True))
 
 
