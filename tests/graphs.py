@@ -22,7 +22,7 @@ from tests.programs import executor_of
 
 VOCAB, WIDTH, HEADS, HEAD_DIM = 13, 8, 2, 4
 SPEC = ModelSpec(VOCAB, 0, (), max_positions=32)
-MAXIMA = {"tokens": 64, "rows": 16, "guided": 8, "segments": 4}
+MAXIMA = {"tokens": 64, "rows": 16, "guided": 8, "segments": 4, "active": 36}
 GUIDANCE = 1.5
 
 # What rounding may add to logits, relative to the largest, in a few calls.
@@ -170,10 +170,28 @@ def step_inputs(
     }
 
 
+def nothing_cached(step: StepGraph, segments: int) -> dict[str, Tensor]:
+    """Empty tables, and caches of one page, for a step that has caches: no segment keeps or reads anything."""
+    described = {role.name: node.meta["val"] for node, role in step.placeholders()}
+    caches = [name for name in described if name.startswith("cache.")]
+    if not caches:
+        return {}
+    tables = {
+        "keeping": torch.zeros(segments, 5, dtype=torch.int64),
+        "cached": torch.zeros(segments, dtype=torch.int64),
+        "page_table": torch.zeros(segments, described["page_table"].shape[1], dtype=torch.int64),
+        "active": torch.zeros(0, dtype=torch.int64),
+    }
+    shapes = {name: [1 if isinstance(d, torch.SymInt) else d for d in described[name].shape] for name in caches}
+    return tables | {name: torch.zeros(shape, dtype=described[name].dtype) for name, shape in shapes.items()}
+
+
 @torch.no_grad()
 def execute(step: StepGraph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run the step's graph eagerly; of `inputs` it takes those that it has. Outputs by name."""
     step.module.recompile()
+    if "segments" in inputs:
+        inputs = nothing_cached(step, len(inputs["segments"])) | dict(inputs)
     given = ("input", "cache")
     values = [(inputs if role.kind in given else step.tensors)[role.name] for _, role in step.placeholders()]
     return dict(zip(step.outputs, fx.Interpreter(step.module).run(*values), strict=True))
@@ -188,10 +206,11 @@ def execute_alone(step: StepGraph, inputs: Mapping[str, Tensor]) -> Tensor:
 def execute_program(step: StepGraph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run the planned program as the runtime does. Outputs by name."""
     assert step.program is not None
+    inputs = nothing_cached(step, len(inputs["segments"])) | dict(inputs)
     lengths = [len(inputs.get(name, ())) for name in ("token_ids", "row_segment", "guided", "segments", "active")]
     sizes = dict(zip(SYMBOLS, lengths, strict=True))
     executor = executor_of(step.program, {name: step.tensors[name] for name in step.program.weights})
-    outputs = executor.run(sizes, {name: value.numpy() for name, value in inputs.items()})
+    outputs = executor.run(sizes, {name: inputs[name].numpy() for name in step.program.inputs})
     return {name: torch.from_numpy(value.copy()) for name, value in outputs.items()}
 
 

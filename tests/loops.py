@@ -25,7 +25,7 @@ from tests.programs import GUIDED, MAXIMA, ROWS, TOKENS, shape, tensor, whole
 CHUNK, START = (Affine(0, ((symbol, 1),)) for symbol in ("chunk", "start"))
 EXTENTS = (TOKENS, GUIDED + ROWS)
 STEPS = [
-    {"tokens": t, "rows": r, "guided": g, "segments": s}
+    {"tokens": t, "rows": r, "guided": g, "segments": s, "active": 4}
     for t, r, g, s in ((9, 5, 3, 2), (1, 1, 0, 1), (4, 3, 0, 2), (7, 1, 1, 1))
 ]
 

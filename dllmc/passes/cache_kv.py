@@ -33,6 +33,8 @@ class CacheKV(Pass):
 
     def run(self, step: StepGraph) -> PassResult:
         attentions = list(step.calls(ATTENTION))
+        if not attentions:
+            return PassResult(False)
         if any(argument(node, 6) is not None for node in attentions):
             return PassResult(False, notes=("attention with a window: every step will be dense",))
         segments = step.size("segments")
@@ -51,7 +53,7 @@ class CacheKV(Pass):
                 kept = step.call(KEEP, cache, queries, k, v, whole, keeping, page_table, origin=node)
             node.args = (*(argument(node, i) for i in range(8)), kept, cached, page_table)
         step.maxima = {**step.maxima, PAGES: width + step.maxima["segments"]}  # what a full step may cache
-        return PassResult(bool(attentions), {"caches": len(attentions)})
+        return PassResult(True, {"caches": len(attentions)})
 
 
 def _at(step: StepGraph, value: fx.Node, index: fx.Node) -> fx.Node:

@@ -97,7 +97,7 @@ class _Schedule:
         sources = {n for n in inside if any(source in self.level for source in flow.whole(n))}
         made_now = ancestors([n for n in shared if is_product(n)], flow, earlier)
         sources |= earlier | {n for n in made_now if is_product(n)}
-        kept = flow.narrowest(dict.fromkeys([*whole, *by_rows]), sources) if members else set()
+        kept = flow.narrowest(dict.fromkeys([*whole, *by_rows]), sources, earlier) if members else set()
         for node in ancestors(by_rows, flow, earlier | kept | set(whole)):
             self.level[node] = level + 1
         return [n for n in members if n in kept], [n for n in whole if n not in kept]

@@ -84,7 +84,7 @@ def gather_early(step: StepGraph) -> int:
     """Case 2: of the values from which all gathered rows can be computed, those with the fewest bytes.
 
     So of a residual stream and its norm, the first alone is kept for the rows. For the active spans of a Refresh, which
-    are few rows, products are made again too: of their queries, whose others need not be kept then.
+    are few rows, the product that makes their queries is made again too: then no others need be kept.
     """
     flow = RowFlow(step)
     calls = list(step.calls())
@@ -93,10 +93,14 @@ def gather_early(step: StepGraph) -> int:
         if flow.whole(gather):
             gathers[gather.args[2]].append(gather)
     moved = 0
-    for index, group in gathers.items():
+    gathered: set[fx.Node] = set()
+    for index, group in sorted(gathers.items(), key=lambda item: flow.extent(item[0]) == _ACTIVE):
         sinks: list[Any] = [gather.args[0] for gather in group]
         few = flow.extent(index) == _ACTIVE
-        kept = flow.narrowest(sinks, {node for node in calls if _stays(node, flow, few)}, copied=True)
+        again = _last_products(sinks, flow) if few else set()
+        stay = {node for node in calls if node not in again and _stays(node, flow)}
+        kept = flow.narrowest(sinks, stay, gathered, copied=True, early=few)
+        gathered |= kept
         if kept == set(sinks):
             continue
         on_rows: dict[fx.Node, fx.Node] = {}
@@ -111,10 +115,23 @@ def gather_early(step: StepGraph) -> int:
     return moved
 
 
-def _stays(node: fx.Node, flow: RowFlow, few: bool) -> bool:
-    """Whether a call cannot, or should not, be made again on some, or a few, of its rows."""
+def _last_products(sinks: Collection[fx.Node], flow: RowFlow) -> set[fx.Node]:
+    """The products behind which no other is, on the way to what is gathered."""
+    found: set[fx.Node] = set()
+    queue = list(sinks)
+    while queue:
+        node = queue.pop()
+        if is_product(node) and not flow.whole(node):
+            found.add(node)
+        else:
+            queue += flow.by_rows(node)
+    return found
+
+
+def _stays(node: fx.Node, flow: RowFlow) -> bool:
+    """Whether a call cannot, or should not, be made again on some of its rows."""
     sizes = any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
-    return sizes or (is_product(node) and not few and not _only_gathered(node, flow)) or bool(flow.whole(node))
+    return sizes or (is_product(node) and not _only_gathered(node, flow)) or bool(flow.whole(node))
 
 
 def _compute_on_rows(

@@ -49,6 +49,7 @@ class RowFlow:
         self.step = step
         self._affines: dict[object, Affine] = {}
         self._extents: dict[fx.Node, Affine | None] = {}
+        self._order = {node: index for index, node in enumerate(step.graph.nodes)}
         for node in step.graph.nodes:
             self._extents[node] = self._extent(node)
         self._by_rows = {node: self._read_by_rows(node) for node in step.graph.nodes}
@@ -71,12 +72,19 @@ class RowFlow:
         shape: Sequence[Any] = node.meta["val"].shape
         return math.prod(size for size in shape if isinstance(size, int)) * int(node.meta["val"].element_size())
 
-    def narrowest(self, sinks: Collection[fx.Node], sources: Collection[fx.Node], copied: bool = False) -> set[fx.Node]:
+    def narrowest(
+        self,
+        sinks: Collection[fx.Node],
+        sources: Collection[fx.Node],
+        stored: Collection[fx.Node] = (),
+        copied: bool = False,
+        early: bool = False,
+    ) -> set[fx.Node]:
         """Values from which every sink can be computed without `sources`, of the fewest bytes a row together.
 
         A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of, nor
         several results together; where what is kept is `copied`, views are values like others. Inputs of the step cost
-        nothing. Of such sets it is the one that leaves least to do.
+        nothing, nor does what is `stored` already. Of such sets it is the one that leaves least to do, or the `early` one, which leaves most.
         """
         flow = nx.DiGraph()
         flow.add_nodes_from("st")
@@ -87,7 +95,8 @@ class RowFlow:
             if not isinstance(node.meta["val"], torch.Tensor) or (_is_view(node, sources) and not (stays or copied)):
                 flow.add_edge((node, "in"), (node, "out"))
             else:
-                flow.add_edge((node, "in"), (node, "out"), capacity=0 if free else self.row_bytes(node))
+                cost = self.row_bytes(node) * len(self._order) + (self._order[node] if early else 0)
+                flow.add_edge((node, "in"), (node, "out"), capacity=0 if free or node in stored else cost)
             if stays:
                 flow.add_edge("s", (node, "in"))
                 continue

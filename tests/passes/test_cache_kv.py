@@ -69,7 +69,7 @@ def test_what_is_kept_is_scored_by_the_span_s_queries() -> None:
     run(step, PASSES)
     inputs = step_inputs(5, 7, 3, rows=(2, 6, 13))
     given = {**inputs, **cache_inputs(2, 2, 4)}
-    kept = [node for node in step.calls(KEEP)]
+    kept = list(step.calls(KEEP))
     step.set_outputs(**{f"kept.{i}": node for i, node in enumerate(kept)})
     found = execute(step, given)
 

@@ -120,15 +120,18 @@ def test_what_is_kept_between_loops_is_the_residual_stream() -> None:
     loops = list(dict.fromkeys(loop for node in step.calls() if (loop := loop_of(node)) is not None))
     assert [loop.index for loop in loops] == list(range(len(loops)))
     reads = [kept(step).get(loop, []) for loop in loops]
-    keys, rest, last_keys, rows = loops[:4]
-    assert [str(loop.extent) for loop in loops[:4]] == ["tokens", "tokens", "tokens", "guided + rows"]
-    assert reads[0] == []  # token ids and positions are enough
-    assert {node.name for node in reads[1]} == {n.name for n in kept_whole(step, keys)}
-    [stream] = [node for node in reads[2] if loop_of(node) == rest]
+    sizes = [str(loop.extent) for loop in loops]
+    assert sizes[:5] == ["tokens", "active", "tokens", "tokens", "guided + rows"]
+    keys, spans, rest, last_keys, rows = loops[:5]
+    assert reads[0] == reads[1] == []  # token ids and positions are enough, and for the active spans' queries too
+    assert {node.name for node in reads[2]} == {n.name for n in kept_whole(step, keys)}
+    [stream] = [node for node in reads[3] if loop_of(node) == rest]
     assert stream.target is aten.add.Tensor
-    assert set(reads[3]) == {stream, *kept_whole(step, last_keys)}
+    assert reads[4] == reads[5] == [stream]
     assert loop_of(stream) == rest
-    assert str(rows.extent) == "guided + rows"
+    assert sizes[5] == "active"
+    assert set(kept_whole(step, last_keys)) < set(reads[7])
+    assert sizes[7] == "guided + rows"
 
 
 def kept_whole(step: StepGraph, loop: Loop) -> list[fx.Node]:
@@ -143,8 +146,9 @@ def test_no_product_is_made_twice_and_loops_are_in_one_piece(style: str) -> None
     pipeline.run(before, until("chunk-activations")[:-1])
     step = looped(Styled(style), SPEC)
     counted = products(before)
-    if style == "fused":  # a projection for queries, one for keys and values
-        counted[aten.linear.default] += LAYERS
+    counted[aten.linear.default] += LAYERS - 1  # of the active spans' queries; in the last layer they have one anyway
+    if style == "fused":  # a projection for queries, one for keys and values; the last layer has the queries' twice
+        counted[aten.linear.default] += LAYERS + 1
     assert products(step) == counted
     order = [loop_of(node) for node in step.calls()]
     runs = [loop for index, loop in enumerate(order) if loop is not None and (index == 0 or order[index - 1] != loop)]
@@ -191,8 +195,8 @@ def test_rows_are_gathered_of_the_residual_stream(shifted: bool) -> None:
     """Not of its norm, which is computed on the rows again; positions are gathered, not tables of them."""
     step = looped(Model(), replace(TWO_LAYERS, shifted=shifted))
     sources = [node.args[0] for node in step.calls(aten.index_select.default)]
-    whole = [node for node in sources if isinstance(node, fx.Node) and loop_of(node) is not None]
-    assert len(whole) == 1
+    whole = list({node for node in sources if isinstance(node, fx.Node) and loop_of(node) is not None})
+    assert len(whole) == 1  # for the rows and for the active spans
     assert whole[0].target is aten.add.Tensor
 
 

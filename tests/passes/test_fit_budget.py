@@ -17,7 +17,6 @@ from dllmc.passes.plan_memory import planned
 from dllmc.passes.sizing import resized
 from tests.passes.two_layers import SPEC, Model
 
-WANTED = {"tokens": 700, "rows": 300, "guided": 300, "segments": 4}
 PASSES = pipeline.DEFAULT_PIPELINE.replace("chunk-activations", "chunk-activations{chunk=4096}")
 LOOPS, WHOLE = (
     rewrite(
@@ -33,7 +32,7 @@ def total(program: Program) -> int:
     """All that an engine allocates: written out, of a plan."""
     done = planned(program)
     assert done.arena_bytes is not None
-    return done.weight_bytes + done.state_bytes + done.arena_bytes
+    return done.weight_bytes + done.state_bytes + done.cache_bytes + done.arena_bytes
 
 
 def fit(program: Program, **options: int | bool) -> Program:
@@ -46,7 +45,14 @@ def fit(program: Program, **options: int | bool) -> Program:
 
 def sized(tokens: int, rows: int, chunk: int) -> Program:
     assert LOOPS.program is not None
-    return resized(LOOPS.program, {**WANTED, "tokens": tokens, "rows": rows, "guided": rows, CHUNK: chunk})
+    return resized(LOOPS.program, wanted(tokens, rows, chunk))
+
+
+def wanted(tokens: int, rows: int, chunk: int) -> dict[str, int]:
+    """Each row may be guided; active spans are as long as blocks and a token more; the pool holds a full step."""
+    active, pages = 2 * rows + 4, -(-tokens // 32) + 4
+    sizes = {"tokens": tokens, "rows": rows, "guided": rows, "segments": 4, "active": active}
+    return {**sizes, "pages": pages, CHUNK: chunk}
 
 
 SMALLEST, LARGEST = total(sized(2, 1, 1)), total(sized(700, 300, 700))
@@ -93,7 +99,9 @@ def test_given_sizes_stay() -> None:
 def test_too_small_a_budget(free: bool) -> None:
     """The refusal says what takes what, and names a budget that works: the smallest."""
     program = sized(700, 300, 4096)
-    with pytest.raises(BudgetError, match=r"weights take \d+, state \d+, and the arena \d+ for steps of") as refusal:
+    with pytest.raises(
+        BudgetError, match=r"weights take \d+, state \d+, the KV pool \d+, and the arena \d+ for steps of"
+    ) as refusal:
         fit(program, bytes=1, tokens=free, rows=free)
     found = re.search(r"give (\d+) bytes or more", str(refusal.value))
     assert found is not None
@@ -128,7 +136,10 @@ def test_a_budget_needs_its_passes() -> None:
 def test_a_budget_makes_loops_up_to_the_longest_sequence() -> None:
     """Without sizes of its own, a budget that is ample holds the default sizes, or as long a sequence as there is."""
     step, _ = rewrite(Model(), SPEC, CompileOptions(memory_budget=1 << 34))
-    assert step.maxima == {"tokens": 4096, "rows": 1024, "guided": 1024, "segments": 64, CHUNK: 4096}
+    pages = step.maxima.pop("pages")
+    sizes = {"tokens": 4096, "rows": 1024, "guided": 1024, "segments": 64, "active": 2112}
+    assert step.maxima == {**sizes, CHUNK: 4096}
+    assert pages > 4096 // 32 + 64  # and all that is left
     longer = Model()
     longer.cos, longer.sin = torch.ones(9000, 4), torch.zeros(9000, 4)
     step, _ = rewrite(longer, replace(SPEC, max_positions=9000), CompileOptions(memory_budget=1 << 34))

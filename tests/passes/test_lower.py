@@ -131,7 +131,7 @@ def test_programs_in_half_precision(dtype: torch.dtype) -> None:
 def test_views_are_operands() -> None:
     """Case 1: only calls that compute become instructions; the views between them are strides of operands."""
     step = step_of(grouped)
-    assert not run(step, PASSES).modified
+    assert not run(step, PASSES.replace("cache-kv,", "")).modified
     assert operators(step) == ["embedding", "linear", "index_select", "attention", "guide_rows", "decode_head"]
     assert step.program is not None
     select, attention = step.program.instructions[2:4]
@@ -158,7 +158,7 @@ def test_what_must_move_is_a_copy(body: Body, copies: int) -> None:
 def test_buffers_are_dense_and_grow_with_the_step() -> None:
     """Case 3: each call writes buffers of its own; shapes are affine in the step's sizes; inputs are those used."""
     step = step_of(grouped)
-    entry = run(step, PASSES)
+    entry = run(step, PASSES.replace("cache-kv,", ""))
     program = step.program
     assert program is not None
     tokens, rows = Affine(0, (("tokens", 1),)), Affine(0, (("guided", 1), ("rows", 1)))

@@ -181,7 +181,7 @@ def test_a_pass_of_an_installed_package() -> None:
 @pytest.mark.usefixtures("installed")
 def test_what_is_announced_is_listed_and_hides_nothing() -> None:
     """The choices name it; the project's own names stay its own."""
-    with pytest.raises(PassError, match=r"'odd'; choose from: inline-regions, .*, plan-memory, theirs"):
+    with pytest.raises(PassError, match=r"'odd'; choose from: inline-regions, .*, specialize-phase, theirs"):
         pipeline.lookup("odd")
     assert pipeline.lookup("cse").__module__ == "dllmc.passes.cse"
 

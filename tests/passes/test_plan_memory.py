@@ -81,7 +81,7 @@ def test_reused_bytes_do_not_change_results(planned: StepGraph) -> None:
 def test_planning_does_not_modify_the_graph() -> None:
     """The program changes, the graph does not; the statistics are those of the program."""
     step = step_of(lambda m, x: x.exp())
-    entry = run(step, DEFAULT_PIPELINE)
+    entry = run(step, DEFAULT_PIPELINE.removesuffix(",specialize-phase"))
     assert not entry.modified
     assert step.program is not None
     assert entry.stats["arena_bytes"] == step.program.arena_bytes

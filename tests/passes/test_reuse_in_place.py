@@ -264,13 +264,17 @@ LLAMA = Pieces(
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 64])
 def test_a_compiled_transformer_is_written_in_place(chunk: int) -> None:
-    """Heads are turned and gates are taken in the joint projections; what comes out is what the graph computes."""
+    """Heads are turned and gates are taken in the joint projections; what comes out is what the graph computes.
+
+    Queries of the active spans, which `keep` reads whole, leave the chunk in which they are made.
+    """
     step = captured(Module(LLAMA).eval())
     run(step, DEFAULT_PIPELINE.replace("chunk-activations", f"chunk-activations{{chunk={chunk}}}"))
     assert step.program is not None
     calls = [call for call, _ in step.program.calls()]
     for call in calls:
-        if call.op in (ROPE, GLU):
+        spans = any(dim.of("active") for dim in step.program.tensor(call.outputs[0].base).shape)
+        if call.op in (ROPE, GLU) and not spans:
             assert any(coincide(view, call.outputs[0]) for view in call.reads()), call.op
     assert {ROPE, GLU} <= {call.op for call in calls}
     inputs = step_inputs(5, 7, rows=(4, 1, 6))
