@@ -58,6 +58,11 @@ class Artifact:
         memory: Mapping[str, int] = self.manifest["memory"]
         return memory
 
+    @property
+    def program(self) -> Program:
+        """The program that runs any step; others run what needs a part of it, in the same arena."""
+        return self.programs.get("mixed") or self.programs["dense"]
+
     def with_pages(self, pages: int) -> "Artifact":
         """The same with another number of pages in the KV pool."""
         programs = {

@@ -36,7 +36,7 @@ def render(artifact: "Artifact", trace: Trace, log: "Sequence[LogEntry]" = ()) -
                     if tensor.lifetime is not None
                 ],
             }
-            for name, program in artifact.programs.items()
+            for name, program in sorted(artifact.programs.items(), key=lambda item: item[1] is not artifact.program)
         ],
         "times": [[entry.seconds, entry.check_seconds] for entry in log],
         "trace": to_json(trace),

@@ -86,8 +86,8 @@ def memory_lines(artifact: "Artifact") -> Iterator[str]:
     budget = artifact.manifest["options"].get("memory_budget")
     if budget is not None:
         yield f"budget   {size(budget)}, of which {size(budget - memory['total'])} are left"
+    yield f"buys     {capacity(artifact, artifact.program)}"
     for program in artifact.programs.values():
-        yield f"buys     {capacity(artifact, program)}"
         taken = f"{size(program.arena_bytes or 0)} for {len(program.buffers)} buffers"
         yield f"arena    {program.name}: {taken}, {quality(program)}"
 

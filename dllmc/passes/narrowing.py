@@ -15,6 +15,7 @@ from dllmc.passes.row_flow import RowFlow, ancestors, is_product
 
 aten = torch.ops.aten
 _ACTIVE = Affine(0, (("active", 1),))
+_TO_SHAPE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def split_projections(step: StepGraph) -> int:
@@ -130,8 +131,11 @@ def _last_products(sinks: Collection[fx.Node], flow: RowFlow) -> set[fx.Node]:
 
 def _stays(node: fx.Node, flow: RowFlow) -> bool:
     """Whether a call cannot, or should not, be made again on some of its rows."""
-    sizes = any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
-    return sizes or (is_product(node) and not _only_gathered(node, flow)) or bool(flow.whole(node))
+    return (
+        (_takes_sizes(node) and _shape_on_rows(node) is None)
+        or (is_product(node) and not _only_gathered(node, flow))
+        or bool(flow.whole(node))
+    )
 
 
 def _compute_on_rows(
@@ -150,8 +154,20 @@ def _compute_on_rows(
             continue
         if node in kept:
             made[node] = step.call(aten.index_select.default, node, flow.axis(node, extent), index, origin=sink)
+        elif _takes_sizes(node):
+            made[node] = step.call(node.target, made[node.args[0]], _shape_on_rows(node), origin=node)  # type: ignore[index]
         else:
             made[node] = copy_call(step, node, node.args, node.kwargs, made)
+
+
+def _takes_sizes(node: fx.Node) -> bool:
+    return any(isinstance(n.meta.get("val"), torch.SymInt) for n in node.all_input_nodes)
+
+
+def _shape_on_rows(node: fx.Node) -> list[int] | None:
+    """The shape that a call gives to any number of rows: of a reshape to one size of the step."""
+    shape = [size if isinstance(size, int) else -1 for size in getattr(node.meta["val"], "shape", ())]
+    return shape if node.target in _TO_SHAPE and shape.count(-1) == 1 else None
 
 
 def copy_call(step: StepGraph, node: fx.Node, args: Any, kwargs: Any, places: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -84,7 +84,8 @@ class RowFlow:
 
         A value may stand for itself, a source too; a view may not, being no smaller than what it is a view of, nor
         several results together; where what is kept is `copied`, views are values like others. Inputs of the step cost
-        nothing, nor does what is `stored` already. Of such sets it is the one that leaves least to do, or the `early` one, which leaves most.
+        nothing, nor does what is `stored` already. Of such sets it is the one that leaves least to do, or the `early`
+        one, which leaves most.
         """
         flow = nx.DiGraph()
         flow.add_nodes_from("st")

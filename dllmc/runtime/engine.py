@@ -35,7 +35,7 @@ class Engine:
         self.spec = loaded.spec
         self.tokenizer = load_tokenizer(loaded.path) if loaded.manifest["tokenizer"] else None
         self.steps = 0
-        self._program = program = loaded.programs.get("mixed") or loaded.programs["dense"]
+        self._program = program = loaded.program
         self.pool: KVPool | None = None
         self._table_width = 0
         if program.caches:

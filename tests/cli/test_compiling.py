@@ -102,7 +102,7 @@ def test_stop_after_with_all_between(trace: Trace) -> None:
 
 def test_stop_after_lowering_prints_the_program() -> None:
     result = run("compile", MODEL, "--stop-after", "lower")
-    assert result.stdout.startswith("program dense\n")
+    assert result.stdout.startswith("program mixed\n")
     assert " at 0, alive" not in result.stdout
 
 

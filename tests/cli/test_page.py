@@ -52,8 +52,8 @@ def test_the_data_is_the_trace(tiny_llada: Path, tmp_path: Path) -> None:
     assert from_json(data["trace"], "page") == trace
     assert data["memory"] == dict(artifact.memory)
     assert data["options"] == artifact.manifest["options"]
-    [program] = data["programs"]
-    assert len(program["buffers"]) == len(artifact.programs["dense"].buffers)
+    assert [program["name"] for program in data["programs"]] == ["mixed", "dense", "refresh", "reuse"]
+    assert len(data["programs"][0]["buffers"]) == len(artifact.program.buffers)
     records = from_json({**data["trace"], "graphs": [[[0, len(data["trace"]["records"])]]], "passes": []}, "").graphs[0]
     for number, (view, graph) in enumerate(zip(data["views"], trace.graphs, strict=True)):
         rows = [*view["inputs"], *(row for group in view["groups"] for row in group["rows"]), *view["returns"]]

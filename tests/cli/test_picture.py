@@ -116,7 +116,7 @@ def page(tiny_llada: Path, tmp_path_factory: pytest.TempPathFactory) -> Parsed:
 
 def test_each_box_is_where_the_plan_has_its_buffer(page: Parsed, tiny_llada: Path) -> None:
     """Time is x and bytes are y, in one scale for all; each says what it is."""
-    step = read(tiny_llada).programs["dense"]
+    step = read(tiny_llada).program
     boxes = page.of_buffers(WHOLE, step)
     assert boxes.keys() == step.buffers.keys()
     assert_scaled(boxes, step, {name: buffer.offset or 0 for name, buffer in step.buffers.items()})
@@ -132,7 +132,7 @@ def test_each_box_is_where_the_plan_has_its_buffer(page: Parsed, tiny_llada: Pat
 
 def test_before_planning_each_buffer_has_memory_of_its_own(page: Parsed, tiny_llada: Path) -> None:
     """In the order in which they are written, one behind the other."""
-    step = read(tiny_llada).programs["dense"]
+    step = read(tiny_llada).program
     boxes = page.of_buffers("Before planning", step)
     assert boxes.keys() == step.buffers.keys()
     offsets, top = {}, 0
@@ -163,7 +163,7 @@ def assert_scaled(boxes: dict[str, Rectangle], step: Program, offsets: dict[str,
 
 def test_the_enlarged_part_is_a_layer(page: Parsed, tiny_llada: Path) -> None:
     """One in which the peak is reached, with every buffer that is alive in it, and with the instructions' names."""
-    step = read(tiny_llada).programs["dense"]
+    step = read(tiny_llada).program
     [heading] = [heading for heading in page.boxes if heading.startswith("Enlarged")]
     path = heading.removeprefix("Enlarged: ")
     [layer] = {box.about for box in page.boxes[heading] if box.about.startswith(f"{path}\n")}
@@ -285,7 +285,7 @@ def test_the_image_shows_the_boxes(tiny_llada: Path, tmp_path: Path) -> None:
     assert run("inspect", tiny_llada, "--memory", file).stdout == f"wrote {file}\n"
     pixels = np.round(255 * matplotlib.image.imread(file)).astype(int)
     artifact = read(tiny_llada)
-    scene = layout.figure(artifact.programs["dense"], artifact.path.name)
+    scene = layout.figure(artifact.program, artifact.path.name)
     assert pixels.shape[:2] == (round(2 * scene.height), round(2 * scene.width))
     arena = [i for i, mark in enumerate(scene.marks) if isinstance(mark, Text) and mark.text == WHOLE]
     shown = [m for m in scene.marks[arena[0] :] if isinstance(m, Box) and m.colour in KINDS]

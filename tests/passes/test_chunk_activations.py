@@ -122,7 +122,7 @@ def test_what_is_kept_between_loops_is_the_residual_stream() -> None:
     reads = [kept(step).get(loop, []) for loop in loops]
     sizes = [str(loop.extent) for loop in loops]
     assert sizes[:5] == ["tokens", "active", "tokens", "tokens", "guided + rows"]
-    keys, spans, rest, last_keys, rows = loops[:5]
+    keys, _, rest, last_keys, _ = loops[:5]
     assert reads[0] == reads[1] == []  # token ids and positions are enough, and for the active spans' queries too
     assert {node.name for node in reads[2]} == {n.name for n in kept_whole(step, keys)}
     [stream] = [node for node in reads[3] if loop_of(node) == rest]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def write(artifact: "Artifact", file: Path) -> None:
     """Draw each program of an artifact, one below the other, to FILE.html or FILE.png (which needs matplotlib)."""
-    scenes = [figure(program, artifact.path.name) for program in artifact.programs.values()]
+    scenes = [figure(artifact.program, artifact.path.name)]
     if file.suffix.lower() == ".png":
         from dllmc.cli.picture import png
 
