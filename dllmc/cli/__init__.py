@@ -1,6 +1,7 @@
 """The command line: parse, call the API, print. Nothing is imported before a command needs it."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,12 @@ import click
 
 from dllmc.cli import compiling, prompts, report, terminal
 from dllmc.cli.group import Group, option
-from dllmc.cli.options import api_option, artifact_argument, json_option, sampling_options, token_ids
+from dllmc.cli.options import api_option, artifact_argument, cache_options, json_option, sampling_options, token_ids
 from dllmc.errors import RequestError
 
 if TYPE_CHECKING:
     from dllmc.runtime.engine import Engine
-    from dllmc.runtime.params import SamplingParams
+    from dllmc.runtime.params import CachePolicy, SamplingParams
     from dllmc.runtime.request import GenerationResult
 
 
@@ -66,6 +67,7 @@ for command in (compiling.compile_command, compiling.inspect, compiling.passes):
 )
 @option("Prompts", "--chat", is_flag=True, help="Each prompt is a user's message; apply the model's chat template.")
 @sampling_options
+@cache_options
 @option(
     "Output",
     "--watch",
@@ -94,6 +96,7 @@ def generate(
     watch: bool,
     as_json: bool,
     out: Path | None,
+    cache: Mapping[str, Any],
     **sampling: Any,
 ) -> None:
     r"""Decode prompts with a compiled ARTIFACT.
@@ -105,11 +108,11 @@ def generate(
     given = prompts.collect(texts, ids, file)
     import dllmc
 
-    params = dllmc.SamplingParams(**sampling, logprobs=watch)
+    params, policy = dllmc.SamplingParams(**sampling, logprobs=watch), dllmc.CachePolicy(**cache)
     with prompts.replacing(out) if out is not None else nullcontext() as stream:
         with terminal.progress(f"load {artifact}"):
             engine = dllmc.load(artifact)
-        results = _decode(engine, given, chat, params, watch)
+        results = _decode(engine, given, chat, params, policy, watch)
         records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
         if stream is not None:
             stream.writelines(f"{record}\n" for record in records)
@@ -136,11 +139,14 @@ def generate(
 @option("Decoding", "--block-length", type=int, metavar="N", help="Tokens denoised together; default: the task's.")
 @api_option("Decoding", "steps", int, "Forward passes of an example; default: one token a pass.")
 @api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one.")
+@cache_options
 @json_option(
     "Print one JSON object: `task`, `examples`, `accuracy`, `interval` (95 %), `forward_passes`, `tokens`, `seconds`, "
     "`tokens_per_second`, and for code `nll` and `nll_interval` (nats a token), else null."
 )
-def eval_command(artifact: Path, task: str, examples: int, seed: int, as_json: bool, **sampling: Any) -> None:
+def eval_command(
+    artifact: Path, task: str, examples: int, seed: int, as_json: bool, cache: Mapping[str, Any], **sampling: Any
+) -> None:
     """Measure how well and how fast an ARTIFACT does a task.
 
     sudoku and add are examples that the bundled checkpoints never saw; code are gaps of 32 tokens in modules of the
@@ -154,7 +160,7 @@ def eval_command(artifact: Path, task: str, examples: int, seed: int, as_json: b
         engine = dllmc.load(artifact)
     given = {name: value for name, value in sampling.items() if value is not None}
     with terminal.progress(f"evaluate {task}"):
-        measured = evaluate(engine, task, examples, seed, given)
+        measured = evaluate(engine, task, examples, seed, given, cache=dllmc.CachePolicy(**cache))
     if as_json:
         click.echo(prompts.json_line(report.evaluation(measured)))
         return
@@ -180,7 +186,12 @@ def completion(shell: str) -> None:
 
 
 def _decode(
-    engine: "Engine", given: list[prompts.Given], chat: bool, params: "SamplingParams", watch: bool
+    engine: "Engine",
+    given: list[prompts.Given],
+    chat: bool,
+    params: "SamplingParams",
+    policy: "CachePolicy",
+    watch: bool,
 ) -> "list[GenerationResult]":
     """Decode with whatever view of it is wanted. Errors say where the prompt they are about was given."""
     from dllmc.cli.watch import bar, view
@@ -189,7 +200,7 @@ def _decode(
     work = len(given), params.gen_length
     try:
         with view(*work, engine.tokenizer) if watch else bar(*work) as on_step:
-            return engine.generate(contents, params, on_step=on_step)
+            return engine.generate(contents, params, policy, on_step=on_step)
     except RequestError as error:
         raise prompts.located(error, given) from error
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ CHOICES = {  # likewise
     "dtype": ("float32", "bfloat16", "float16"),
     "remasking": ("low_confidence", "topk_margin", "entropy", "random"),
     "schedule": ("uniform", "timestep"),
+    "mode": ("block", "none"),
+    "selection": ("per_head", "shared"),
 }
 
 
@@ -41,6 +44,13 @@ _UNITS = {"": 1, "B": 1, **{f"{p}{i}B": b**n for b, i in ((1000, ""), (1024, "i"
 
 
 _METAVARS = {int: "N", float: "X"}
+_CACHE_FIELDS: dict[str, tuple[type, str]] = {
+    "retention": (float, "Share of the tokens outside of the block that are cached; default: 1, all."),
+    "selection": (str, "Each head keeps tokens of its own, the default, or all keep the same"),
+    "pool": (int, "Neighbours over which a token's score is max-pooled, odd; default: 3."),
+    "delay": (int, "Passes of a block before its Refresh; default: 0."),
+    "refresh_interval": (int, "Passes from one Refresh of a block to the next; default: one Refresh a block."),
+}
 
 
 class ByteSize(click.ParamType[int]):
@@ -125,6 +135,30 @@ def sampling_options(command: F) -> F:
     for decorate in reversed(options):
         command = decorate(command)
     return command
+
+
+def cache_options(command: F) -> F:
+    """The options that are fields of CachePolicy, given to the command as `cache`, a mapping: empty for dense."""
+
+    @wraps(command)
+    def with_policy(*args: Any, mode: str | None, **options: Any) -> Any:
+        fields = {name: options.pop(name) for name in _CACHE_FIELDS}
+        given = {name: value for name, value in fields.items() if value is not None}
+        if mode == "none" and given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise click.UsageError(f"--cache none decodes dense, so {names} would do nothing; leave one out")
+        return command(*args, cache={**given, "mode": mode or ("block" if given else "none")}, **options)
+
+    decorated: Any = with_policy
+    for name, (kind, text) in reversed(_CACHE_FIELDS.items()):
+        decorated = api_option("Cache", name, kind, text)(decorated)
+    modes = click.Choice(CHOICES["mode"])
+    text = (
+        "none: every pass computes every token; block: after a Refresh, the passes of a block compute the block alone. "
+        "Default: none, or block where another of these options is given."
+    )
+    cached: F = option("Cache", "--cache", "mode", type=modes, metavar="NAME", help=text)(decorated)
+    return cached
 
 
 def artifact_argument(command: F) -> F:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -391,7 +392,54 @@ def test_defaults_are_those_of_the_api() -> None:
     api = {f.name: f.default for cls in (dllmc.CompileOptions, dllmc.SamplingParams) for f in fields(cls)}
     assert {name: api[name] for name in DEFAULTS} == DEFAULTS
     chosen = {"dtype": compiler.DTYPES, "remasking": params.CONFIDENCE_RULES, "schedule": params.SCHEDULES}
-    assert chosen == CHOICES
+    assert chosen | {"mode": params.CACHE_MODES, "selection": params.SELECTIONS} == CHOICES
+
+
+def test_every_field_of_a_cache_policy_has_an_option() -> None:
+    for command in ("generate", "eval"):
+        assert {f.name for f in fields(dllmc.CachePolicy)} <= {p.name for p in main.commands[command].params}
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ((), dllmc.CachePolicy(mode="none")),
+        (("--cache", "block"), dllmc.CachePolicy()),
+        (
+            ("--retention", "0.5", "--selection", "shared", "--pool", "5", "--delay", "1", "--refresh-interval", "2"),
+            dllmc.CachePolicy(retention=0.5, selection="shared", pool=5, delay=1, refresh_interval=2),
+        ),
+    ],
+    ids=["dense", "block", "every field"],
+)
+def test_the_policy_of_generate(
+    tiny_llada: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], policy: dllmc.CachePolicy
+) -> None:
+    """Dense unless something is said of a cache."""
+    policies = []
+
+    def generate(engine: dllmc.Engine, *given: Any, **_: Any) -> list[Any]:
+        policies.append(given[2])
+        return []
+
+    monkeypatch.setattr(dllmc.Engine, "generate", generate)
+    result = run("generate", tiny_llada, "--prompt", PUZZLE, *options)
+    assert policies == [policy], result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--retention", "1.5"), "CachePolicy.retention is 1.5; expected a number in (0, 1]"),
+        (("--cache", "none", "--delay", "1", "--pool", "3"), "--cache none decodes dense, so --pool, --delay would do"),
+        (("--selection", "all"), "'all' is not one of 'per_head', 'shared'"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_one_line(tiny_llada: Path, options: tuple[str, ...], message: str) -> None:
+    result = run("generate", tiny_llada, "--prompt", PUZZLE, *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
