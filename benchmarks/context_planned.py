@@ -22,7 +22,7 @@ from dllmc.passes import pipeline
 from dllmc.passes.base import Pass
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.plan_memory import planned
-from dllmc.passes.sizing import resized
+from dllmc.passes.sizing import resized, with_rows
 from dllmc.spec import ModelSpec
 
 # https://huggingface.co/Dream-org/Dream-v0-Instruct-7B/blob/main/config.json
@@ -116,8 +116,7 @@ def compiled(shape: Shape, layers: int, tokens: int, rows: int, chunk: int) -> P
     with torch.device("meta"):
         model = _in_bfloat16(shape, layers)
     spec = ModelSpec(shape.vocab, shape.mask_id, (), shape.shifted, max_positions=tokens)
-    maxima = {"tokens": tokens, "rows": rows, "guided": rows, "segments": 1}
-    step = capture(model, spec, maxima)
+    step = capture(model, spec, with_rows({"tokens": tokens, "segments": 1}, rows))
     pipeline.run(step, pipeline.up_to(in_chunks(chunk), "reuse-in-place"))
     assert step.program is not None
     return step.program

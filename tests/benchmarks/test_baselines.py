@@ -75,18 +75,26 @@ def tiny_run(tmp_path: Path) -> list[str]:
 
 
 def test_decode_benchmark(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every method is measured at every number of requests; dllmc gives dense decoding's tokens in as many passes."""
+    """Every method is measured at every number of requests, in as many passes; tokens are those of its reference.
+
+    KV bytes are of the pages that all requests' kept keys take: 28 or 14 keys a head are a page of 32.
+    """
     monkeypatch.setattr(decode_cpu, "in_fresh_process", lambda _, function, *args: function(*args))
     out = tmp_path / "decode.json"
     done = CliRunner().invoke(decode_cpu.main, [*tiny_run, "--out", str(out)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     records = {(r["requests"], r["method"]): r for r in json.loads(out.read_text())["results"]}
-    methods = ("dense", "dense, float32 softmax", "dual cache", "dllmc dense")
+    baselines = ("dense", "dense, float32 softmax", "dual cache")
+    methods = (*baselines, "dllmc dense", "dllmc cached", "dllmc cached, half")
     assert [*records] == [(requests, method) for requests in (1, 4) for method in methods]
     for (requests, method), r in records.items():
         assert r["forward_passes"] == 8
         assert r["tokens_per_s"] == requests * 16 / r["runs"][0]["seconds"]
-        assert r["same_tokens"] == 1 or method != "dllmc dense"
+        assert r["of_dense"]["same_tokens"] == 1 or method != "dllmc dense"
+        assert r["of_dual_cache"]["same_tokens"] == 1 or method != "dllmc cached"
+        assert r["kv_bytes"] == (
+            0 if method in baselines else 2 * 2 * 32 * 32 * 4 * (requests if "cached" in method else 1)
+        )
     assert not any(place in out.read_text() for place in (str(ROOT), str(Path.home()), str(tmp_path)))
 
 
@@ -94,21 +102,26 @@ def test_decode_benchmark(tiny_run: list[str], tmp_path: Path, monkeypatch: pyte
 def test_decode_benchmark_in_fresh_processes(tiny_run: list[str], tmp_path: Path) -> None:
     """As its users call it: each measurement in a process of its own, and memory of each."""
     out = tmp_path / "decode.json"
-    command = [sys.executable, "-m", "benchmarks.decode_cpu", *tiny_run, "--method", "dllmc dense", "--requests", "2"]
+    command = [sys.executable, "-m", "benchmarks.decode_cpu", *tiny_run, "--requests", "2"]
+    command += ["--method", "dense", "--method", "dllmc cached, half"]
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
     records = json.loads(out.read_text())["results"]
-    assert [(r["method"], r["requests"], r["same_tokens"]) for r in records] == [("dense", 2, 1), ("dllmc dense", 2, 1)]
+    assert [(r["method"], r["requests"]) for r in records] == [("dense", 2), ("dllmc cached, half", 2)]
+    assert all(r["of_dual_cache"] is None for r in records)
     assert all(r["memory_bytes"] > 0 for r in records)
     assert all(r["method"] in done.stdout for r in records)
 
 
-def test_decode_benchmark_refuses_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, dllmc's tokens must be dense decoding's in every run: else the script fails and writes nothing."""
+@pytest.mark.parametrize(("reference", "method"), [("dense", "dllmc dense"), ("dual cache", "dllmc cached")])
+def test_decode_benchmark_refuses_other_tokens(
+    reference: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, dllmc's tokens must be those of its reference in every run: else it fails and writes nothing."""
 
     def runs(*last_tokens: int) -> list[decode_cpu.Measurement]:
-        return [decode_cpu.Measurement([[7, 8, 9, last]], 4, 1.0, 2**20, 0, 2**30, "VmHWM") for last in last_tokens]
+        return [decode_cpu.Measurement([[7, 8, 9, last]], 4, 1.0, 2**20, 0, 0, 2**30, "VmHWM") for last in last_tokens]
 
-    measured = {(1, "dense"): runs(5, 5, 5), (1, "dllmc dense"): runs(5, 6, 5)}
+    measured = {(1, reference): runs(5, 5, 5), (1, method): runs(5, 6, 5)}
     monkeypatch.setattr(decode_cpu, "measure_all", lambda *_: measured)
     done = CliRunner().invoke(decode_cpu.main, ["--out", str(tmp_path / "decode.json")])
     assert done.exit_code == 1
