@@ -28,7 +28,7 @@ class FitBudget(Pass):
     """Make chunks, and as far as they may be chosen rows and tokens, as large as fits `bytes`; 0 is no budget.
 
     The sizes that the step was captured for are the largest. A size is given up in the order of `STEPS`, and no more of
-    it than is needed. The KV pool holds at least what a step of the largest sizes may cache, and all that is left.
+    it than is needed. The KV pool holds at least what a request as long as a step caches, and has all that is left.
     Raises `BudgetError` with the smallest budget that would do.
     """
 

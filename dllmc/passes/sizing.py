@@ -35,12 +35,15 @@ def with_rows(maxima: Mapping[str, int], rows: int) -> dict[str, int]:
 
 
 def with_tokens(program: Program, maxima: Mapping[str, int], tokens: int) -> dict[str, int]:
-    """The largest sizes of a step with that many tokens; a chunk has no more, and the pool holds all that it caches."""
+    """The largest sizes of a step with that many tokens; a chunk has no more, and the pool holds a request as long.
+
+    It has a page more, since both sides of a guided request may end within one.
+    """
     changed = {**maxima, "tokens": tokens}
     if CHUNK in changed:
         changed[CHUNK] = min(changed[CHUNK], tokens)
     if program.caches:
-        changed[PAGES] = -(-tokens // program.page_tokens) + changed["segments"]
+        changed[PAGES] = -(-tokens // program.page_tokens) + 1
     return changed
 
 

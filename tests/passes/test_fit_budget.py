@@ -49,8 +49,8 @@ def sized(tokens: int, rows: int, chunk: int) -> Program:
 
 
 def wanted(tokens: int, rows: int, chunk: int) -> dict[str, int]:
-    """Each row may be guided; active spans are as long as blocks and a token more; the pool holds a full step."""
-    active, pages = 2 * rows + 4, -(-tokens // 32) + 4
+    """Each row may be guided; active spans are as long as blocks and a token more; the pool holds one request."""
+    active, pages = 2 * rows + 4, -(-tokens // 32) + 1
     sizes = {"tokens": tokens, "rows": rows, "guided": rows, "segments": 4, "active": active}
     return {**sizes, "pages": pages, CHUNK: chunk}
 
