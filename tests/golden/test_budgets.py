@@ -35,7 +35,7 @@ def smallest_budget(folder: str, out: Path) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [FOLDERS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FOLDERS[1:])])
 def test_tokens_under_three_budgets(folder: str, tmp_path: Path) -> None:
     """The smallest budget that works, one between, and one that holds every row at once."""
     least = smallest_budget(folder, tmp_path / "none")
