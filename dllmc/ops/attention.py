@@ -16,21 +16,27 @@ call takes both (semantics.md, "Terms").
 `dllmc::window_attention` is the same of one sequence, [1, heads, tokens, head_dim] like torch's own, before packing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllmc.ops.chunks import wide_dtype
-from dllmc.ops.library import library
+from dllmc.ops.chunks import Call, bytes_of, wide_dtype
+from dllmc.ops.library import library, run_bound
 from dllmc.ops.segments import Group, Rows, groups
 
 # Queries a call of the fused kernel takes: bounds its transient output, and costs nothing from about 128 on.
 QUERY_CHUNK = 256
 # With a window: the chunk's keys are as many and two windows more, so fewer queries waste fewer scores.
 WINDOW_QUERY_CHUNK = 64
+# On a GPU: the most rows (queries times the query heads of a KV head) of a program, the number of programs that keeps
+# it busy, which keys in several parts may come to, and the fewest keys that are worth a part.
+MOST_ROWS = 128
+MOST_PROGRAMS = 264
+LEAST_PART = 256
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -166,9 +172,36 @@ def _band(token: int, behind: int, key: int, key_behind: int, window: int) -> Te
     return distance.abs_() <= window
 
 
+def workspace_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes for a call on tensors like these: on a GPU, what a cache's keys in several parts add to each query."""
+    q, k, _v, _spans, _segments, *of_cache = tensors
+    if not of_cache:
+        return 0
+    queries, q_heads, head_dim = q.shape
+    cache, _cached, page_table = of_cache
+    rows = min(most_parts(k, cache, page_table) * queries * q_heads, MOST_PROGRAMS * MOST_ROWS)
+    return bytes_of([(rows, torch.float32), (rows * head_dim, torch.float32)])
+
+
+def most_parts(k: Tensor, cache: Tensor, page_table: Tensor) -> int:
+    """The most parts that the keys of one segment are worth: those in its pages, and all tokens."""
+    return -(-(page_table.shape[1] * cache.shape[3] + k.shape[0]) // LEAST_PART)
+
+
+def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """Resolve a call over fixed memory."""
+    q, k, v, spans, segments, scale, *rest = args
+    window, first, *of_cache = (*rest, *(None, 0, None, None, None)[len(rest) :])
+    if q.is_cuda:
+        from dllmc.ops.kernels.attention import attention
+
+        return partial(attention, q, k, v, spans, segments, scale, outs[0], window, first, *of_cache, workspace)
+    return partial(attention_out, q, k, v, spans, segments, scale, outs[0], window, first, *of_cache)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, *rest: Any) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    bind((q.contiguous(), k, v, spans, segments, scale, *rest), (out,), None)()
+    run_bound(bind, (q, k, v, spans, segments, scale, *rest), (out,), workspace_of)
     return out
 
 
@@ -177,7 +210,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scal
 
 
 def _window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    whole = torch.tensor([[0, q.shape[2]]])
+    whole = torch.tensor([[0, q.shape[2]]], device=q.device)
     queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
     return _attention(queries, keys, values, whole, whole, scale, window).transpose(0, 1)[None].contiguous()
 
@@ -186,15 +219,8 @@ def _fake_window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window
     return q.new_empty(q.shape)
 
 
-def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
-    """Resolve a call over fixed memory."""
-    q, k, v, spans, segments, scale, *rest = args
-    options: list[Any] = [*rest, *[None, 0][len(rest) :]]
-    window, first, *of_cache = options
-    return lambda: attention_out(q, k, v, spans, segments, scale, outs[0], window, first, *of_cache)
-
-
-library.impl("attention", _attention, "CPU")
+for device in ("CPU", "CUDA"):
+    library.impl("attention", _attention, device)
+    library.impl("window_attention", _window_attention, device)
 torch.library.register_fake("dllmc::attention", _fake, lib=library)
-library.impl("window_attention", _window_attention, "CPU")
 torch.library.register_fake("dllmc::window_attention", _fake_window_attention, lib=library)

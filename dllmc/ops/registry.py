@@ -45,7 +45,7 @@ OPERATORS: dict[str, Operator] = {
     "aten.rms_norm.default": Operator(norms.bind_torch_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
     "dllmc.add_layer_norm.default": Operator(norms.bind_add_layer_norm),
     "dllmc.add_rms_norm.default": Operator(norms.bind_add_rms_norm, norms.add_rms_norm_workspace),
-    "dllmc.attention.default": Operator(attention.bind, first_row=7),
+    "dllmc.attention.default": Operator(attention.bind, attention.workspace_of, first_row=7),
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.glu.default": Operator(glu.bind, in_place=(0,)),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
