@@ -14,20 +14,21 @@ with the span's mean query, the largest of a KV head's query heads, or the mean 
 window around it (semantics.md, "Selection at a Refresh"). Slots are filled in the order of the tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllmc.ops.chunks import wide_dtype
-from dllmc.ops.library import library
+from dllmc.ops.chunks import Call, Part, bytes_of, carved, wide_dtype
+from dllmc.ops.library import library, run_bound
 from dllmc.ops.segments import slot_runs
 
 KEEPING_FIELDS = 5
-# Tokens whose products with all mean queries are held at once.
+# Tokens whose products with all summed queries are held at once.
 SCORE_CHUNK = 1024
 
 library.define(
@@ -138,17 +139,17 @@ def _chosen(q: Tensor, k: Tensor, one: Refresh) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, shared: bool) -> Tensor:
-    """[kv_heads or 1, tokens]"""
+    """[kv_heads or 1, tokens], each times a number that changes no order: sums of queries make equal integers equal."""
     dtype = wide_dtype(q)
     kv_heads, head_dim = k.shape[1:]
-    mean = q.to(dtype).mean(dim=0).view(kv_heads, -1, head_dim) * head_dim**-0.5
+    total = q.sum(dim=0, dtype=dtype).view(kv_heads, -1, head_dim)
     if shared:
-        mean = mean.sum(dim=1, keepdim=True) / q.shape[1]
+        total = total.sum(dim=1, keepdim=True)
     scores = torch.empty(1 if shared else kv_heads, len(k), dtype=dtype)
     for at in range(0, len(k), SCORE_CHUNK):
         keys = k[at : at + SCORE_CHUNK].to(dtype).permute(1, 2, 0)
         part = scores[:, at : at + SCORE_CHUNK]
-        products = torch.bmm(mean, keys)  # [kv_heads, query heads of each, tokens]
+        products = torch.bmm(total, keys)  # [kv_heads, query heads of each, tokens]
         if shared:
             torch.sum(products, dim=0, out=part)
         else:
@@ -156,16 +157,32 @@ def _scores(q: Tensor, k: Tensor, shared: bool) -> Tensor:
     return scores
 
 
-def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
+def workspace_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes for a call on tensors like these, on a GPU."""
+    return bytes_of(_parts(*tensors[1:5]))
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[Part]:
+    """Workspace: sums of each segment's queries, and of each KV head's candidates scores and their order."""
+    tokens, kv_heads, head_dim = k.shape
+    sums, scores = len(segments) * q.shape[1] * head_dim, kv_heads * tokens
+    return [(sums, torch.float32), (scores, torch.float32), (scores, torch.int32)]
+
+
+def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
     """Resolve a call over fixed memory: the cache is written where it is."""
-    return lambda: keep_out(*args)
+    if args[0].is_cuda:
+        from dllmc.ops.kernels.keep import keep
+
+        return partial(keep, *args, *carved(workspace, _parts(*args[1:5])))
+    return partial(keep_out, *args)
 
 
 def _keep(
     cache: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, keeping: Tensor, page_table: Tensor
 ) -> Tensor:
     cache = cache.clone(memory_format=torch.contiguous_format)
-    keep_out(cache, q, k, v, segments, keeping, page_table)
+    run_bound(bind, (cache, q, k, v, segments, keeping, page_table), (cache,), workspace_of)
     return cache
 
 
@@ -176,4 +193,5 @@ def _fake(
 
 
 library.impl("keep", _keep, "CPU")
+library.impl("keep", _keep, "CUDA")
 torch.library.register_fake("dllmc::keep", _fake, lib=library)

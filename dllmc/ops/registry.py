@@ -49,7 +49,7 @@ OPERATORS: dict[str, Operator] = {
     "dllmc.decode_head.default": Operator(decode_head.bind, decode_head.workspace_of),
     "dllmc.glu.default": Operator(glu.bind, in_place=(0,)),
     "dllmc.guide_rows.default": Operator(guide_rows.bind),
-    "dllmc.keep.default": Operator(keep.bind, updates=0),
+    "dllmc.keep.default": Operator(keep.bind, keep.workspace_of, updates=0),
     "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
     "dllmc.rope.default": Operator(rope.bind, rope.workspace_of, in_place=(0,)),
     **{
