@@ -9,9 +9,9 @@ reads KV head g // (q_heads // kv_heads). Queries outside every span are left as
 queries are its tokens from the first on, and the query of token i sees the tokens j with |i - j| <= window.
 
 With a `cache` [2, kv_heads, pages, page_tokens, head_dim] of keys and values, a segment's queries also see `cached`
-[segments] int64 of its slots. Slot j of head h is `cache[:, h, page_table[segment, j // page_tokens], j % page_tokens]`
-with page_table [segments, width] int64. Refresh segments bring all of their tokens, Reuse segments few and a cache; one
-call takes both (semantics.md, "Terms").
+[segments] int64 of its slots, wherever the window is: of head h, slot j is `cache[:, h, page_table[segment, j //
+page_tokens], j % page_tokens]` (page_table [segments, width] int64). Refresh segments bring all of their tokens, Reuse
+segments few and a cache; one call takes both (semantics.md, "Terms").
 
 `dllmc::window_attention` is the same of one sequence, [1, heads, tokens, head_dim] like torch's own, before packing.
 """
@@ -103,7 +103,7 @@ def attention_out(
     for it.
     """
     if window is not None:
-        _windowed_out(q, k, v, spans, segments, scale, out, window, first)
+        _windowed_out(q, k, v, spans, segments, scale, out, window, first, cache, cached, page_table)
         return
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     slots, page_tokens = None, 1
@@ -142,15 +142,25 @@ def _windowed_out(
     out: Tensor,
     window: int,
     first: int,
+    cache: Tensor | None,
+    cached: Tensor | None,
+    page_table: Tensor | None,
 ) -> None:
-    """A chunk of queries reads the keys in reach of them alone; KV heads are the batch, so GQA copies nothing."""
+    """A chunk of queries reads the keys in reach of them alone; KV heads are the batch, so GQA copies nothing.
+
+    Cached keys are copied together with them: windows and caches seldom meet.
+    """
     queries, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
     grouped = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     result = out.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    for (begin, stop), (start, end) in zip(spans.tolist(), segments.tolist(), strict=True):
+    for index, ((begin, stop), (start, end)) in enumerate(zip(spans.tolist(), segments.tolist(), strict=True)):
+        slots = None
+        if cache is not None and cached is not None and page_table is not None and cached[index]:
+            slots = cache[:, :, None, page_table[index]].flatten(3, 4)[..., : int(cached[index]), :]
+            slots = slots.expand(-1, -1, group, -1, -1)
         limited = end - start > window + 1
         chunk = WINDOW_QUERY_CHUNK if limited else QUERY_CHUNK
         last = min(stop - first, queries)
@@ -161,9 +171,11 @@ def _windowed_out(
                 token, behind = (start + first - begin + row for row in (at, rows.stop))
                 seen = slice(max(start, token - window), min(end, behind + window))
                 band = _band(token, behind, seen.start, seen.stop, window)
-            result[:, :, rows] = F.scaled_dot_product_attention(
-                grouped[:, :, rows], keys[:, :, seen], values[:, :, seen], attn_mask=band, scale=scale
-            )
+            near = keys[:, :, seen], values[:, :, seen]
+            if slots is not None:
+                near = torch.cat((slots[0], near[0]), dim=2), torch.cat((slots[1], near[1]), dim=2)
+                band = None if band is None else F.pad(band, (slots.shape[3], 0), value=True)
+            result[:, :, rows] = F.scaled_dot_product_attention(grouped[:, :, rows], *near, attn_mask=band, scale=scale)
 
 
 def _band(token: int, behind: int, key: int, key_behind: int, window: int) -> Tensor:

@@ -83,11 +83,11 @@ def reference(
     for one in refreshes(segments, keeping, page_table):
         tokens = [t for t in range(one.start, one.end) if not one.low <= t < one.high]
         mean = q[one.queries].mean(dim=0)
-        products = torch.einsum("gd,tgd->gt", mean, k[tokens].repeat_interleave(group, dim=1)) * q.shape[2] ** -0.5
-        scores = (
-            products.mean(dim=0).expand(k.shape[1], -1) if one.shared else products.unflatten(0, (-1, group)).amax(1)
-        )
-        for head, row in enumerate(scores.tolist()):
+        products = torch.einsum("gd,tgd->gt", mean, k[tokens].repeat_interleave(group, dim=1))
+        scores = products.unflatten(0, (-1, group)).amax(1)
+        if one.shared:
+            scores = products.mean(dim=0).expand(k.shape[1], -1)
+        for head, row in enumerate((scores * q.shape[2] ** -0.5).tolist()):
             reach = one.window // 2
             pooled = [max(row[max(j - reach, 0) : j + reach + 1]) for j in range(len(row))]
             best = sorted(range(len(pooled)), key=lambda j: (-pooled[j], j))[: one.count]
@@ -159,10 +159,10 @@ def _scores(q: Tensor, k: Tensor, shared: bool) -> Tensor:
 
 def workspace_of(tensors: Sequence[Tensor]) -> int:
     """Bytes for a call on tensors like these, on a GPU."""
-    return bytes_of(_parts(*tensors[1:5]))
+    return bytes_of(parts_of(*tensors[1:5]))
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[Part]:
+def parts_of(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[Part]:
     """Workspace: sums of each segment's queries, and of each KV head's candidates scores and their order."""
     tokens, kv_heads, head_dim = k.shape
     sums, scores = len(segments) * q.shape[1] * head_dim, kv_heads * tokens
@@ -174,7 +174,7 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
     if args[0].is_cuda:
         from dllmc.ops.kernels.keep import keep
 
-        return partial(keep, *args, *carved(workspace, _parts(*args[1:5])))
+        return partial(keep, *args, *carved(workspace, parts_of(*args[1:5])))
     return partial(keep_out, *args)
 
 

@@ -27,7 +27,7 @@ WAYS = [
 
 def call(way: str, name: str, args: Sequence[Any], launch: Launch, device: str = "cpu") -> list[Tensor]:
     """The results of `dllmc::<name>` on a device, on the CPU. `launch` calls the kernel: operands, then outputs."""
-    placed = [_placed(arg, device) for arg in args]
+    placed = [on_device(arg, device) for arg in args]
     if way == "graph":
         results = _list(getattr(torch.ops.dllmc, name)(*placed))
     else:
@@ -76,7 +76,7 @@ def _without_memory(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _placed(value: Any, device: str) -> Any:
+def on_device(value: Any, device: str) -> Any:
     """The same values on a device, with the same strides."""
     if not isinstance(value, Tensor) or device == "cpu":
         return value

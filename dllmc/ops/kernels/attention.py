@@ -347,9 +347,7 @@ def _add_parts(
     used = (keys + part - 1) // part
     number = tl.arange(0, most_parts)[None, :]
     whole = queries.to(tl.int64) * q_heads
-    sums = tl.load(
-        sums_ptr + number * whole + row[:, None], mask=there[:, None] & (number < used), other=-float("inf")
-    )
+    sums = tl.load(sums_ptr + number * whole + row[:, None], mask=there[:, None] & (number < used), other=-float("inf"))
     best = tl.where(there, tl.max(sums, axis=1), 0.0)
     total = tl.sum(tl.exp2(sums - best[:, None]), axis=1)
     found = tl.zeros((heads_at_once, columns), tl.float32)

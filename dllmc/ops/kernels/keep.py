@@ -1,7 +1,7 @@
 """What a Refresh keeps: scores of the candidates, the best of each head, and their keys and values in the pages.
 
-    cache: [2, kv_heads, pages, page_tokens, head_dim], q: [active, q_heads, head_dim], k, v: [tokens, kv_heads, head_dim],
-    segments: [segments, 2], keeping: [segments, 5], page_table: [segments, width]; any strides
+    cache: [2, kv_heads, pages, page_tokens, head_dim], q: [active, q_heads, head_dim], k, v: [tokens, kv_heads,
+    head_dim], segments: [segments, 2], keeping: [segments, 5], page_table: [segments, width]; any strides
 
 Four launches, without effect for a segment that keeps nothing, the first three also for one that keeps all:
     1. add: a query head of a segment, whose queries over the active span are summed
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from dllmc.ops.kernels.tiles import column, entry, most_tiles, tile_at
 
-# Queries that are summed, candidates that are scored, and slots that are packed at once.
-SUMMED = 32
-TILE = 64
+# Elements of the queries that are summed, of the keys that are scored, and of those that are packed at once.
+TILE = 8192
 # Scores that a program which selects holds at once.
 SELECTED = 4096
 
@@ -44,14 +43,13 @@ def keep(
     Workspace: sums [segments, q_heads, head_dim] and scores [kv_heads, tokens] float32, order [kv_heads, tokens] int32.
     """
     (tokens, kv_heads, head_dim), q_heads, count = k.shape, q.shape[1], len(segments)
-    tiles = most_tiles(tokens, count, TILE)
-    if not tiles or not kv_heads:
+    if not k.numel() or not count:
         return
     tables = (segments, *segments.stride(), keeping, *keeping.stride(), count)
     lanes, columns = triton.next_power_of_2(count), triton.next_power_of_2(head_dim)
-    _add[(count, q_heads)](
-        q, *q.stride(), *tables, sums, head_dim=head_dim, at_once=SUMMED, lanes=lanes, columns=columns
-    )
+    rows = max(1, TILE // columns)
+    tiles = most_tiles(tokens, count, rows)
+    _add[(count, q_heads)](q, *q.stride(), *tables, sums, head_dim=head_dim, at_once=rows, lanes=lanes, columns=columns)
     _score[(tiles, kv_heads)](
         k,
         *k.stride(),
@@ -61,7 +59,7 @@ def keep(
         tokens,
         group=q_heads // kv_heads,
         head_dim=head_dim,
-        at_once=TILE,
+        at_once=rows,
         lanes=lanes,
         columns=columns,
     )
@@ -84,7 +82,7 @@ def keep(
         tokens,
         head_dim=head_dim,
         page_tokens=cache.shape[3],
-        at_once=TILE,
+        at_once=rows,
         lanes=lanes,
         columns=columns,
     )
@@ -101,7 +99,7 @@ def _columns(
     count: tl.tensor,
     lane: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of every segment: its first token, its active span's first token and length, its candidates, and how many stay."""
+    """Of every segment: its first token, its active span's first token and length, its candidates, how many stay."""
     start = column(segments_ptr, lane, count, segments_row)
     low = column(keeping_ptr, lane, count, keeping_row)
     span = column(keeping_ptr + keeping_column, lane, count, keeping_row) - low
@@ -198,6 +196,7 @@ def _score(
             total += product
             best = tl.maximum(best, product, propagate_nan=tl.PropagateNan.ALL)
     score = tl.where(shared, total, best)
+    score = tl.where(score == score, score, -float("inf"))
     tl.store(scores_ptr + head.to(tl.int64) * tokens + token, score, mask=inside)
 
 
@@ -238,7 +237,7 @@ def _select(
         for shift in range(-reach, reach + 1):
             near = candidate + shift
             inside = (near >= 0) & (near < candidates) & (candidate < candidates)
-            pooled = tl.maximum(pooled, tl.load(scores_ptr + near, mask=inside, other=-float("inf")))  # not a NaN
+            pooled = tl.maximum(pooled, tl.load(scores_ptr + near, mask=inside, other=-float("inf")))
         bits = tl.where(pooled == 0, 0.0, pooled).to(tl.uint32, bitcast=True)
         ordered = bits ^ tl.where(bits >> 31 == 0, 0x80000000, 0xFFFFFFFF)
         tl.store(order_ptr + candidate, ordered.to(tl.int32, bitcast=True), mask=candidate < candidates)
