@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllmc.ops.chunks import Call, bytes_of, wide_dtype
+from dllmc.ops.chunks import Call, wide_dtype
 from dllmc.ops.library import library, run_bound
 from dllmc.ops.segments import Group, Rows, groups
 
@@ -32,11 +32,14 @@ from dllmc.ops.segments import Group, Rows, groups
 QUERY_CHUNK = 256
 # With a window: the chunk's keys are as many and two windows more, so fewer queries waste fewer scores.
 WINDOW_QUERY_CHUNK = 64
-# On a GPU: the most rows (queries times the query heads of a KV head) of a program, the number of programs that keeps
-# it busy, which keys in several parts may come to, and the fewest keys that are worth a part.
+# On a GPU: the most rows (queries times the query heads of a KV head) that a program takes, the fewest keys that are
+# worth a part, and the processors that parts keep busy where requests are few.
 MOST_ROWS = 128
-MOST_PROGRAMS = 264
 LEAST_PART = 256
+PROCESSORS = 132
+
+# Of window, first, cache, cached and page_table.
+_DEFAULTS: tuple[Any, ...] = (None, 0, None, None, None)
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -191,8 +194,8 @@ def workspace_of(tensors: Sequence[Tensor]) -> int:
         return 0
     queries, q_heads, head_dim = q.shape
     cache, _cached, page_table = of_cache
-    rows = min(most_parts(k, cache, page_table) * queries * q_heads, MOST_PROGRAMS * MOST_ROWS)
-    return bytes_of([(rows, torch.float32), (rows * head_dim, torch.float32)])
+    rows = min(most_parts(k, cache, page_table) * queries * q_heads, PROCESSORS * MOST_ROWS)
+    return 4 * rows * (head_dim + 1)
 
 
 def most_parts(k: Tensor, cache: Tensor, page_table: Tensor) -> int:
@@ -203,12 +206,12 @@ def most_parts(k: Tensor, cache: Tensor, page_table: Tensor) -> int:
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
     """Resolve a call over fixed memory."""
     q, k, v, spans, segments, scale, *rest = args
-    window, first, *of_cache = (*rest, *(None, 0, None, None, None)[len(rest) :])
+    operands: tuple[Any, ...] = (q, k, v, spans, segments, scale, outs[0], *rest, *_DEFAULTS[len(rest) :])
     if q.is_cuda:
         from dllmc.ops.kernels.attention import attention
 
-        return partial(attention, q, k, v, spans, segments, scale, outs[0], window, first, *of_cache, workspace)
-    return partial(attention_out, q, k, v, spans, segments, scale, outs[0], window, first, *of_cache)
+        return partial(attention, *operands, workspace=workspace)
+    return partial(attention_out, *operands)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, *rest: Any) -> Tensor:

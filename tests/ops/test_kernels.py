@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 COMPILE = """
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dllmc.ops.kernels import glu, norm, rope
+from dllmc.ops.kernels import attention, glu, keep, norm, rope
 
-def compiled(kernel, types, **constants):
+def compiled(kernel, types, num_warps=4, **constants):
     # Operands of other names are int32.
     types = types | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    assert "cubin" in triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32)).asm
+    source, target = ASTSource(kernel, signature, values), GPUTarget("cuda", 90, 32)
+    assert "cubin" in triton.compile(source, target=target, options={"num_warps": num_warps}).asm
 
 def pointers(to, *names):
     return {f"{name}_ptr": f"*{to}" for name in names}
@@ -32,6 +34,34 @@ compiled(rope._rope, needed, positions_ptr=None, shared=False, heads_at_once=8, 
 
 for activation in ("silu", "gelu", "gelu_tanh", "relu"):
     compiled(glu._glu, pointers("bf16", "gate", "up", "out"), activation=activation, block=1024)
+
+tables = pointers("i64", "spans", "segments", "keeping", "cached", "table")
+floats = pointers("fp32", "found", "sums", "scores") | pointers("i32", "order", "kept") | {"scale": "fp32"}
+
+def attends(dtype, segments, absent, head_dim=128, **options):
+    tile = attention.Tile.of(1000, segments, getattr(torch, dtype))
+    constants = dict(head_dim=head_dim, group=7, page_tokens=16, least_part=256, lanes=segments, columns=128)
+    constants |= dict(rows_at_once=tile.rows, keys_at_once=tile.keys, num_warps=tile.warps)
+    constants |= dict(slot_stages=tile.stages[0], token_stages=tile.stages[1])
+    types = pointers({"bfloat16": "bf16", "float32": "fp32"}[dtype], "q", "k", "v", "cache", "out") | tables | floats
+    compiled(attention._attend, types, **constants, **dict.fromkeys(absent))
+
+parts, of_cache = ("found_ptr", "sums_ptr"), ("cached_ptr", "table_ptr", "cache_ptr")
+attends("bfloat16", 1, ["window"])
+attends("bfloat16", 16, ["window", *parts], head_dim=80)
+attends("bfloat16", 64, ["window", *parts, *of_cache])
+attends("float32", 1, [*parts])
+compiled(
+    attention._add_parts, pointers("bf16", "out") | tables | floats,
+    head_dim=80, least_part=256, lanes=1, heads_at_once=8, most_parts=16, columns=128,
+)
+
+types = pointers("bf16", "cache", "q", "k", "v") | tables | floats
+sizes = dict(head_dim=80, at_once=64, lanes=1, columns=128)
+compiled(keep._add, types, **sizes)
+compiled(keep._score, types, group=7, **sizes)
+compiled(keep._select, types, at_once=4096, lanes=1, num_warps=16)
+compiled(keep._pack, types, page_tokens=16, **sizes)
 """
 
 

@@ -19,31 +19,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmc.ops.attention import LEAST_PART, MOST_PROGRAMS, MOST_ROWS, most_parts
-from dllmc.ops.chunks import carved
+from dllmc.ops.attention import LEAST_PART, MOST_ROWS, PROCESSORS, most_parts
 from dllmc.ops.kernels.tiles import column, entry, most_tiles, tile_at
 
 LOG2_E = 1.4426950408889634
-# Rows whose parts one program adds.
-ADDED_ROWS = 8
+# Heads of a query whose parts one program adds.
+ADDED_HEADS = 8
+# What changes from step to step, for whose values no kernel is compiled anew.
+VARYING = ("queries", "first", "count", "parts")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's rows, the keys it takes at once, and the warps and stages of loads that serve it."""
+    """A program's rows and the keys it takes at once, its warps, and how many such programs a processor holds.
+
+    `stages`: of the loop over slots and of that over tokens, whose loads run ahead of it. A slot's run behind its
+    page's, so the same buffers take two stages more. With heads of 128 columns nothing spills on compute capability 9.
+    """
 
     rows: int
     keys: int
     warps: int
-    stages: int
+    programs: int
+    stages: tuple[int, int]
 
     @classmethod
     def of(cls, rows: int, segments: int, dtype: torch.dtype) -> "Tile":
         """For that many rows of all segments: it holds those of an average one, within limits."""
         average = max(16, triton.next_power_of_2(triton.cdiv(rows, segments)))
         if dtype == torch.float32:  # without tensor cores
-            return cls(min(average, 32), 32, 4, 2)
-        return cls(min(average, MOST_ROWS), 64, 8 if average >= MOST_ROWS else 4, 3)
+            return cls(min(average, 32), 16, 4, 2, (4, 2))
+        if average < MOST_ROWS:
+            return cls(average, 32, 4, 2, (5, 3))
+        return cls(MOST_ROWS, 64, 8, 1, (5, 3))
 
 
 def attention(
@@ -72,17 +80,17 @@ def attention(
     group = q_heads // kv_heads
     tile = Tile.of(queries * group, count, q.dtype)
     tiles = most_tiles(queries * group, count, tile.rows)
-    parts, sums, found = 1, None, None
+    parts, found, sums = 1, None, None
     if cache is not None and page_table is not None and workspace is not None and window is None:
         elements = queries * q_heads * (head_dim + 1)
         most = min(most_parts(k, cache, page_table), workspace.numel() // (4 * elements))
-        parts = max(1, min(MOST_PROGRAMS // (tiles * kv_heads), most))
-    if parts > 1:
-        rows = parts * queries * q_heads
-        sums, found = carved(workspace, [(rows, torch.float32), (rows * head_dim, torch.float32)])
+        parts = max(1, min(PROCESSORS * tile.programs // (tiles * kv_heads), most))
+        if parts > 1:
+            floats = workspace[: 4 * parts * elements].view(torch.float32)
+            found, sums = floats.split((parts * queries * q_heads * head_dim, parts * queries * q_heads))
     lanes = triton.next_power_of_2(count)
     tables = (spans, *spans.stride(), segments, *segments.stride(), cached, 0 if cached is None else cached.stride(0))
-    of_cache = (None, 0, 0, None, *(0,) * 5)
+    of_cache: tuple[object, ...] = (None, 0, 0, None, *(0,) * 5)
     if cache is not None and page_table is not None:
         of_cache = (page_table, *page_table.stride(), cache, *cache.stride())
     _attend[(tiles, kv_heads, parts)](
@@ -96,8 +104,8 @@ def attention(
         *of_cache,
         out,
         *out.stride(),
-        sums,
         found,
+        sums,
         queries,
         first,
         count,
@@ -112,14 +120,14 @@ def attention(
         rows_at_once=tile.rows,
         keys_at_once=tile.keys,
         columns=max(16, triton.next_power_of_2(head_dim)),
-        precision="ieee" if q.dtype == torch.float32 else "tf32",
+        slot_stages=tile.stages[0],
+        token_stages=tile.stages[1],
         num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     if parts > 1:
-        _add_parts[(queries, triton.cdiv(q_heads, ADDED_ROWS))](
-            sums,
+        _add_parts[(queries, triton.cdiv(q_heads, ADDED_HEADS))](
             found,
+            sums,
             *tables,
             out,
             *out.stride(),
@@ -131,13 +139,13 @@ def attention(
             head_dim=head_dim,
             least_part=LEAST_PART,
             lanes=lanes,
-            heads_at_once=ADDED_ROWS,
+            heads_at_once=ADDED_HEADS,
             most_parts=triton.next_power_of_2(parts),
             columns=triton.next_power_of_2(head_dim),
         )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _attend(
     q_ptr: tl.tensor,
     q_query: tl.tensor,
@@ -172,8 +180,8 @@ def _attend(
     out_query: tl.tensor,
     out_head: tl.tensor,
     out_column: tl.tensor,
-    sums_ptr: tl.tensor,
     found_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     queries: tl.tensor,
     first: tl.tensor,
     count: tl.tensor,
@@ -188,7 +196,8 @@ def _attend(
     rows_at_once: tl.constexpr,
     keys_at_once: tl.constexpr,
     columns: tl.constexpr,
-    precision: tl.constexpr,
+    slot_stages: tl.constexpr,
+    token_stages: tl.constexpr,
 ) -> None:
     # 1. the segment, its tile, and the part of its keys
     lane = tl.arange(0, lanes)
@@ -228,7 +237,7 @@ def _attend(
     if cache_ptr is not None:
         keys_ptr = cache_ptr + kv_head * cache_head + at[None, :] * cache_column
         behind = tl.minimum(right, slots)
-        for key in range(left, behind, keys_at_once):
+        for key in tl.range(left, behind, keys_at_once, num_stages=slot_stages):
             slot = key + tl.arange(0, keys_at_once)
             inside = slot < behind
             page = tl.load(table_ptr + segment * table_row + (slot // page_tokens) * table_column, mask=inside, other=0)
@@ -236,7 +245,7 @@ def _attend(
             there = inside[:, None] & wide
             keys = tl.load(keys_ptr + place, mask=there, other=0.0)
             values = tl.load(keys_ptr + cache_kind + place, mask=there, other=0.0)
-            best, total, found = _add_keys(q, keys, values, inside[None, :], scale, best, total, found, precision)
+            best, total, found = _add_keys(q, keys, values, inside[None, :], scale, best, total, found)
     nearest, behind = tl.maximum(left - slots, 0), right - slots
     number = query + first - begin
     if window is not None:
@@ -245,7 +254,7 @@ def _attend(
         behind = tl.minimum(behind, low + last // group + first - begin + window + 1)
     keys_ptr = k_ptr + kv_head * k_head + at[None, :] * k_column
     values_ptr = v_ptr + kv_head * v_head + at[None, :] * v_column
-    for key in range(nearest, behind, keys_at_once):
+    for key in tl.range(nearest, behind, keys_at_once, num_stages=token_stages):
         token = key + tl.arange(0, keys_at_once)
         inside = token < behind
         there = inside[:, None] & wide
@@ -255,7 +264,7 @@ def _attend(
         seen = inside[None, :]
         if window is not None:
             seen = seen & (tl.abs(number[:, None] - token[None, :]) <= window)
-        best, total, found = _add_keys(q, keys, values, seen, scale, best, total, found, precision)
+        best, total, found = _add_keys(q, keys, values, seen, scale, best, total, found)
 
     # 3. the rows, or what the part adds to them
     found = found / tl.where(total > 0, total, 1.0)[:, None]
@@ -285,23 +294,22 @@ def _add_keys(
     best: tl.tensor,
     total: tl.tensor,
     found: tl.tensor,
-    precision: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """A softmax's largest score, sum and weighted values, of keys [keys, columns] more."""
-    scores = tl.dot(q, tl.trans(keys), input_precision=precision) * scale
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
     scores = tl.where(seen, scores, -float("inf"))
     most = tl.maximum(best, tl.max(scores, axis=1))
     weights = tl.exp2(scores - most[:, None])
     fade = tl.exp2(best - most)
     total = total * fade + tl.sum(weights, axis=1)
-    found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=precision)
+    found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision="ieee")
     return most, total, found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _add_parts(
-    sums_ptr: tl.tensor,
     found_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
     spans_ptr: tl.tensor,
     spans_row: tl.tensor,
     spans_column: tl.tensor,

@@ -22,8 +22,11 @@ from dllmc.ops.kernels.tiles import column, entry, most_tiles, tile_at
 
 # Elements of the queries that are summed, of the keys that are scored, and of those that are packed at once.
 TILE = 8192
-# Scores that a program which selects holds at once.
-SELECTED = 4096
+# Scores that a program which selects holds at once: no fewer than its threads, which would count some twice.
+LEAST_SELECTED = 512
+MOST_SELECTED = 4096
+# What changes from step to step, for whose values no kernel is compiled anew.
+VARYING = ("count", "tokens")
 
 
 def keep(
@@ -63,7 +66,7 @@ def keep(
         lanes=lanes,
         columns=columns,
     )
-    at_once = min(SELECTED, triton.next_power_of_2(tokens))
+    at_once = min(MOST_SELECTED, max(LEAST_SELECTED, triton.next_power_of_2(tokens)))
     kept = scores.view(torch.int32)  # the scores are read before
     _select[(count, kv_heads)](
         scores, order, kept, *tables, tokens, at_once=at_once, lanes=lanes, num_warps=max(4, at_once // 256)
@@ -107,7 +110,7 @@ def _columns(
     return start, low, span, candidates, column(keeping_ptr + 2 * keeping_column, lane, count, keeping_row)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _add(
     q_ptr: tl.tensor,
     q_query: tl.tensor,
@@ -144,7 +147,7 @@ def _add(
     tl.store(sums_ptr + (segment * tl.num_programs(1) + head) * head_dim + at, total, mask=at < head_dim)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _score(
     k_ptr: tl.tensor,
     k_token: tl.tensor,
@@ -200,7 +203,7 @@ def _score(
     tl.store(scores_ptr + head.to(tl.int64) * tokens + token, score, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _select(
     scores_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -277,7 +280,7 @@ def _select(
         filled += tl.sum(stays.to(tl.int32), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _pack(
     cache_ptr: tl.tensor,
     cache_kind: tl.tensor,
