@@ -206,11 +206,12 @@ def most_parts(k: Tensor, cache: Tensor, page_table: Tensor) -> int:
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
     """Resolve a call over fixed memory."""
     q, k, v, spans, segments, scale, *rest = args
-    operands: tuple[Any, ...] = (q, k, v, spans, segments, scale, outs[0], *rest, *_DEFAULTS[len(rest) :])
+    window, first, cache, cached, page_table = [*rest, *_DEFAULTS[len(rest) :]]
+    operands = q, k, v, spans, segments, scale, outs[0], window, first, cache, cached, page_table
     if q.is_cuda:
         from dllmc.ops.kernels.attention import attention
 
-        return partial(attention, *operands, workspace=workspace)
+        return partial(attention, *operands, workspace)
     return partial(attention_out, *operands)
 
 

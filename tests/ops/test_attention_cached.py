@@ -62,8 +62,8 @@ def test_thousands_of_cached_keys(way, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 128])
 @pytest.mark.parametrize(("way", "device"), [way for way in WAYS if "graph" not in way.id])
 def test_the_grid(way, device, head_dim, group):
     """Head sizes 16 to 128, 1 to 8 query heads a KV head, spans 1 to 128, none to thousands of cached keys, in a call.

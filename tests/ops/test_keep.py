@@ -224,18 +224,21 @@ def test_thousands_of_candidates(way, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 80, 128])
 @pytest.mark.parametrize(("way", "device"), [way for way in WAYS if "graph" not in way.id])
 def test_the_grid(way, device, head_dim, group):
-    """Head sizes 16 to 128, 1 to 8 query heads a KV head, spans 1 to 128, in every dtype; page sizes take turns."""
+    """Head sizes 16 to 128, 1 to 8 query heads a KV head, spans 1 to 128, candidates of none to thousands, in one call.
+
+    Page sizes and layouts take turns along the grid; so do dtypes, and where there is a GPU it takes every one.
+    """
     turn = head_dim // 8 + group
     kv_heads = 1 if group > 4 else 2
-    for dtype in DTYPES:
-        heads = (kv_heads * group, kv_heads)
-        args = step(LONG, heads, head_dim, dtype, (8, 16, 32)[turn % 3], LAYOUTS[turn % 4], integers=True)
-        check(args, way, device)
-    check_best(step(LONG, heads, head_dim, torch.float32, integers=False), way, device)
+    for dtype in DTYPES if device == "cuda" else [DTYPES[turn % 3]]:
+        for integers, verify in ((True, check), (False, check_best)):
+            heads = (kv_heads * group, kv_heads)
+            page_tokens, layout = (8, 16, 32)[turn % 3], LAYOUTS[turn % 4]
+            verify(step(LONG, heads, head_dim, dtype, page_tokens, layout, integers=integers), way, device)
 
 
 @pytest.mark.gpu

@@ -84,7 +84,8 @@ def attention(
     if cache is not None and page_table is not None and workspace is not None and window is None:
         elements = queries * q_heads * (head_dim + 1)
         most = min(most_parts(k, cache, page_table), workspace.numel() // (4 * elements))
-        parts = max(1, min(PROCESSORS * tile.programs // (tiles * kv_heads), most))
+        likely = max(count, triton.cdiv(queries * group, tile.rows)) * kv_heads
+        parts = max(1, min(PROCESSORS * tile.programs // likely, most))
         if parts > 1:
             floats = workspace[: 4 * parts * elements].view(torch.float32)
             found, sums = floats.split((parts * queries * q_heads * head_dim, parts * queries * q_heads))
