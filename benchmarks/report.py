@@ -20,6 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dllmc.cli.report import table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,13 +51,9 @@ def summary(facts: Mapping[str, Any]) -> str:
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> None:
     """Print rows under the names of their first row's columns, aligned, the title above and the notes below."""
-    columns = list(rows[0])
-    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(f"\n{title}\n")
-    for line in cells:
-        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([first.strip().ljust(widths[0]), *others]))
+    for line in table([{name: str(value) for name, value in row.items()} for row in rows]):
+        print(line)
     print("".join(f"\n{note}" for note in notes))
 
 

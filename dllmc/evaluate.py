@@ -4,7 +4,7 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from types import MappingProxyType
@@ -33,6 +33,7 @@ class Report:
     accuracy: share of examples answered, or for `code` of missing tokens found; interval: its 95 % interval.
     forward_passes: of all examples added up; tokens: of their completions, or missing ones; seconds: wall time.
     nll: nats a missing token under teacher forcing, `code` only, with its 95 % interval.
+    scores, nlls: of each example, what accuracy and nll are the means of.
     """
 
     task: str
@@ -44,10 +45,30 @@ class Report:
     seconds: float
     nll: float | None = None
     nll_interval: Interval | None = None
+    scores: tuple[float, ...] = field(default=(), repr=False)
+    nlls: tuple[float, ...] | None = field(default=None, repr=False)
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One report minus another of the same examples; the 95 % intervals are those of paired differences."""
+
+    accuracy: float
+    interval: Interval
+    nll: float | None = None
+    nll_interval: Interval | None = None
+
+    @classmethod
+    def of(cls, report: Report, base: Report) -> "Difference":
+        scores = paired(report.scores, base.scores)
+        if report.nlls is None or base.nlls is None:
+            return cls(fmean(scores), normal(scores))
+        nlls = paired(report.nlls, base.nlls)
+        return cls(fmean(scores), normal(scores), fmean(nlls), normal(nlls))
 
 
 def evaluate(
@@ -75,7 +96,7 @@ def evaluate(
     length = {} if chosen.gen_length is None else {"gen_length": chosen.gen_length, "block_length": chosen.gen_length}
     params = SamplingParams(**{**length, **sampling})
     results, seconds = _timed(lambda: engine.generate([e.input for e in examples], params, **generate))
-    right = [chosen.is_right(e, str(r.text)) for e, r in zip(examples, results, strict=True)]
+    right = tuple(chosen.is_right(e, str(r.text)) for e, r in zip(examples, results, strict=True))
     return Report(
         task=chosen.name,
         examples=len(right),
@@ -84,6 +105,7 @@ def evaluate(
         forward_passes=sum(r.forward_passes for r in results),
         tokens=sum(len(r.token_ids) for r in results),
         seconds=seconds,
+        scores=tuple(map(float, right)),
     )
 
 
@@ -98,25 +120,14 @@ def _task(name: str) -> Task:
 
 def _infilling(engine: Engine, count: int, seed: int, sampling: Mapping[str, Any], **generate: Any) -> Report:
     """Gaps of 32 tokens in held-out Python source: decoded freely for accuracy, teacher-forced for the NLL."""
-    assert engine.tokenizer is not None
-    if not engine.spec.end_ids:
-        raise TaskError("the model has no end token, which separates modules")
-    if fixed := sampling.keys() & {"gen_length", "block_length", "ignore_eos"}:
-        raise TaskError(f"task {INFILLING!r}: {', '.join(sorted(fixed))} cannot be chosen; gaps have {GAP} tokens")
-    window = min(WINDOW, engine.spec.max_positions)
-    gaps = python_source.gaps(engine.tokenizer.encode, engine.spec.end_ids[0], count, seed, window, GAP)
+    gaps = _gaps(engine, count, seed, sampling)
     prompts, params = [_prompt(gap) for gap in gaps], [_params(gap, sampling) for gap in gaps]
     results, seconds = _timed(lambda: engine.generate(prompts, params, **generate))
-    found = [
+    found = tuple(
         fmean(token == gap.window[gap.start + i] for i, token in enumerate(result.token_ids[: gap.length]))
         for gap, result in zip(gaps, results, strict=True)
-    ]
-    forced = engine.generate(
-        [replace(prompt, reference=gap.window[gap.start :]) for prompt, gap in zip(prompts, gaps, strict=True)],
-        [replace(p, logprobs=True) for p in params],
-        **generate,
     )
-    nll = [-fmean((result.logprobs or [])[:GAP]) for result in forced]
+    nlls = _forced_nlls(engine, gaps, sampling, **generate)
     return Report(
         task=INFILLING,
         examples=count,
@@ -125,9 +136,35 @@ def _infilling(engine: Engine, count: int, seed: int, sampling: Mapping[str, Any
         forward_passes=sum(r.forward_passes for r in results),
         tokens=count * GAP,
         seconds=seconds,
-        nll=fmean(nll),
-        nll_interval=normal(nll),
+        nll=fmean(nlls),
+        nll_interval=normal(nlls),
+        scores=found,
+        nlls=nlls,
     )
+
+
+def infilling_nlls(engine: Engine, count: int, seed: int, **generate: Any) -> tuple[float, ...]:
+    """Nats a missing token of each of `count` gaps of `code`, teacher-forced; the second half of what it evaluates."""
+    return _forced_nlls(engine, _gaps(engine, count, seed, {}), {}, **generate)
+
+
+def _gaps(engine: Engine, count: int, seed: int, sampling: Mapping[str, Any]) -> list[python_source.Gap]:
+    if not engine.spec.end_ids:
+        raise TaskError("the model has no end token, which separates modules")
+    if fixed := sampling.keys() & {"gen_length", "block_length", "ignore_eos"}:
+        raise TaskError(f"task {INFILLING!r}: {', '.join(sorted(fixed))} cannot be chosen; gaps have {GAP} tokens")
+    assert engine.tokenizer is not None
+    window = min(WINDOW, engine.spec.max_positions)
+    return python_source.gaps(engine.tokenizer.encode, engine.spec.end_ids[0], count, seed, window, GAP)
+
+
+def _forced_nlls(
+    engine: Engine, gaps: Sequence[python_source.Gap], sampling: Mapping[str, Any], **generate: Any
+) -> tuple[float, ...]:
+    prompts = [replace(_prompt(gap), reference=gap.window[gap.start :]) for gap in gaps]
+    params = [replace(_params(gap, sampling), logprobs=True) for gap in gaps]
+    results = engine.generate(prompts, params, **generate)
+    return tuple(-fmean((result.logprobs or [])[:GAP]) for result in results)
 
 
 def _params(gap: python_source.Gap, sampling: Mapping[str, Any]) -> SamplingParams:
@@ -153,6 +190,11 @@ def wilson(right: int, count: int) -> Interval:
     centre = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Differences of what two ways make of the same examples."""
+    return [value - of_base for value, of_base in zip(values, base, strict=True)]
 
 
 def normal(values: Sequence[float]) -> Interval:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -10,7 +11,7 @@ import pytest
 import dllmc
 from dllmc import evaluate as evaluation
 from dllmc.errors import TaskError
-from dllmc.evaluate import evaluate, normal, wilson
+from dllmc.evaluate import Difference, evaluate, infilling_nlls, normal, wilson
 from dllmc.tasks import python_source, sudoku
 from tests.brute_force import Decoded, decode
 
@@ -69,6 +70,8 @@ def test_infilling_reports_the_references_nll(engine: dllmc.Engine, monkeypatch:
     assert report.accuracy == fmean(found)
     assert report.nll == pytest.approx(fmean(nll), rel=1e-4)
     assert report.nll_interval == pytest.approx(normal(nll), rel=1e-3)
+    assert report.nlls == pytest.approx(nll, rel=1e-4)
+    assert infilling_nlls(engine, 3, seed) == pytest.approx(nll, rel=1e-4)
     assert (report.forward_passes, report.tokens) == (18, 18)
 
 
@@ -108,6 +111,18 @@ def test_normal_intervals() -> None:
     """1.96 standard errors on either side of the mean: 1.2910 / 2 for 1, 2, 3, 4."""
     assert normal([1, 2, 3, 4]) == pytest.approx((2.5 - 1.26517, 2.5 + 1.26517), abs=1e-4)
     assert normal([3.0]) == (-math.inf, math.inf)
+
+
+def test_differences_are_paired(engine: dllmc.Engine) -> None:
+    """Scores that differ far between examples and little between policies have a narrow interval."""
+    report = evaluate(engine, "add", count=4)
+    one, other = replace(report, scores=(0.0, 0.5, 1.0, 0.5)), replace(report, scores=(0.25, 0.75, 1.0, 0.75))
+    difference = Difference.of(other, one)
+    assert difference.accuracy == 0.1875
+    assert difference.interval == pytest.approx((0.1875 - 0.1225, 0.1875 + 0.1225), abs=1e-4)
+    assert difference.nll is None
+    of_nll = Difference.of(replace(other, nlls=(1.0, 3.0, 5.0, 7.0)), replace(one, nlls=(1.5, 3.5, 5.5, 7.5)))
+    assert (of_nll.nll, of_nll.nll_interval) == (-0.5, (-0.5, -0.5))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dllmc.cli import compiling, prompts, report, terminal
+from dllmc.cli import compiling, evaluating, prompts, report, terminal
 from dllmc.cli.group import Group, option
-from dllmc.cli.options import api_option, artifact_argument, cache_options, json_option, sampling_options, token_ids
+from dllmc.cli.options import artifact_argument, cache_options, json_option, sampling_options, token_ids
 from dllmc.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (compiling.compile_command, compiling.inspect, compiling.passes):
+for command in (compiling.compile_command, compiling.inspect, compiling.passes, evaluating.eval_command):
     main.add_command(command)
 
 
@@ -122,50 +122,6 @@ def generate(
         _print_results(results, engine, watch)
     if out is not None:
         click.echo(f"wrote {report.counted(len(results), 'completion')} to {out}", err=True)
-
-
-@main.command(
-    "eval",
-    epilog="\b\nExamples:\n"
-    "  dllmc eval tiny.dllmc --task sudoku\n"
-    "  dllmc eval code.dllmc --task code --steps 8 --examples 50 --json\n"
-    "  dllmc eval llada.dllmc --task mine.jsonl --gen-length 64 --threshold 0.9",
-)
-@artifact_argument
-@option("Task", "--task", required=True, metavar="TASK", help="sudoku, add, code, or a FILE.jsonl of one's own.")
-@option("Task", "--examples", type=int, default=200, show_default=True, metavar="N", help="How many, at most.")
-@option("Task", "--seed", type=int, default=0, show_default=True, metavar="N", help="Which examples are drawn.")
-@option("Decoding", "--gen-length", type=int, metavar="N", help="Tokens to generate; default: the task's.")
-@option("Decoding", "--block-length", type=int, metavar="N", help="Tokens denoised together; default: the task's.")
-@api_option("Decoding", "steps", int, "Forward passes of an example; default: one token a pass.")
-@api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one.")
-@cache_options
-@json_option(
-    "Print one JSON object: `task`, `examples`, `accuracy`, `interval` (95 %), `forward_passes`, `tokens`, `seconds`, "
-    "`tokens_per_second`, and for code `nll` and `nll_interval` (nats a token), else null."
-)
-def eval_command(
-    artifact: Path, task: str, examples: int, seed: int, as_json: bool, cache: Mapping[str, Any], **sampling: Any
-) -> None:
-    """Measure how well and how fast an ARTIFACT does a task.
-
-    sudoku and add are examples that the bundled checkpoints never saw; code are gaps of 32 tokens in modules of the
-    standard library that they never saw, filled in freely for the share of right tokens, and once more with the
-    truth revealed step by step for its NLL. A FILE.jsonl has an object a line with the texts `input` and `output`.
-    """
-    with terminal.progress(f"load {artifact}"):
-        import dllmc
-        from dllmc.evaluate import evaluate
-
-        engine = dllmc.load(artifact)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    with terminal.progress(f"evaluate {task}"):
-        measured = evaluate(engine, task, examples, seed, given, cache=dllmc.CachePolicy(**cache))
-    if as_json:
-        click.echo(prompts.json_line(report.evaluation(measured)))
-        return
-    for line in report.evaluation_lines(measured):
-        click.echo(line)
 
 
 @main.command(

@@ -1,10 +1,11 @@
 """Options and arguments that commands share, with the API's defaults; nothing here loads torch or numpy."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from functools import wraps
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,27 @@ class ByteSize(click.ParamType[int]):
         return int(Decimal(match[1]) * units[match[2].lower()])
 
 
-def api_option(heading: str, name: str, kind: Any, text: str) -> Callable[[F], F]:
-    """An option that is a field of the API's, with its default and choices."""
+class Listed(click.ParamType[tuple[Any, ...]]):
+    """Values of another type, with commas."""
+
+    def __init__(self, each: click.ParamType[Any]) -> None:
+        self.name, self.each = f"{each.name} list", each
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        return tuple(self.each.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+def api_option(heading: str, name: str, kind: Any, text: str, listed: bool = False) -> Callable[[F], F]:
+    """An option that is a field of the API's, with its default and choices; `listed`: several, with commas."""
     attributes: dict[str, Any] = {"type": kind, "metavar": _METAVARS.get(kind), "help": text}
     if name in CHOICES:
         attributes |= {"type": click.Choice(CHOICES[name]), "metavar": "NAME"}
         attributes["help"] = f"{text}: {', '.join(CHOICES[name])}."
     if name in DEFAULTS:
         attributes |= {"default": DEFAULTS[name], "show_default": True}
+    if listed:
+        each = click.types.convert_type(attributes["type"])
+        attributes |= {"type": Listed(each), "metavar": f"{attributes['metavar']},..."}
     return option(heading, f"--{name.replace('_', '-')}", name, **attributes)
 
 
@@ -88,29 +102,42 @@ def html_option(text: str) -> Callable[[F], F]:
     return option("Output", "--html", type=click.Path(path_type=Path), metavar="FILE", help=text)
 
 
-def memory_option(command: F) -> F:
-    """--memory FILE, a page or an image by its name: refused at once if it is neither, or if nothing can draw it."""
+def drawing_option(name: str, suffixes: Mapping[str, str | None], text: str) -> Callable[[F], F]:
+    """An option that names a picture to draw, refused at once if it is none of these, or if nothing can draw it.
+
+    suffixes: of a file, and what to do instead of installing matplotlib; None where it takes none.
+    """
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-        suffix = "" if path is None else path.suffix.lower()
-        if path is not None and suffix not in (".html", ".png"):
-            raise click.BadParameter(f"{path} is neither a page nor an image; give a FILE.html or a FILE.png", context)
-        if suffix == ".png" and find_spec("matplotlib") is None:
+        if path is None:
+            return None
+        names = [f"FILE{suffix}" for suffix in suffixes]
+        if path.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{path} is no picture; give a {', '.join(names[:-1])} or {names[-1]}", context)
+        instead = suffixes[path.suffix.lower()]
+        if instead is not None and find_spec("matplotlib") is None:
             raise click.ClickException(
                 f"{path}: images are drawn by matplotlib, which is not installed; "
-                "install it (`pip install matplotlib`, or dllmc with its extra `plot`), or give a FILE.html"
+                f"install it (`pip install matplotlib`, or dllmc with its extra `plot`){instead}"
             )
         return path
 
-    return option(
-        "Output",
-        "--memory",
-        type=click.Path(path_type=Path),
-        callback=check,
-        metavar="FILE",
-        help="Draw where the memory of a step goes instead, before and after planning: FILE.html (it needs no network "
-        "and names what one points at) or FILE.png (it needs matplotlib). An older file is replaced.",
-    )(command)
+    kind = click.Path(path_type=Path)
+    return option("Output", name, type=kind, callback=check, metavar="FILE", help=text)
+
+
+memory_option: Callable[[F], F] = drawing_option(
+    "--memory",
+    {".html": None, ".png": ", or give a FILE.html"},
+    "Draw where the memory of a step goes instead, before and after planning: FILE.html (it needs no network "
+    "and names what one points at) or FILE.png (it needs matplotlib). An older file is replaced.",
+)
+plot_option: Callable[[F], F] = drawing_option(
+    "--plot",
+    dict.fromkeys((".png", ".svg", ".pdf"), ""),
+    "Draw the scores of several policies over retention: FILE.png, FILE.svg or FILE.pdf (it needs matplotlib). "
+    "An older file is replaced.",
+)
 
 
 def sampling_options(command: F) -> F:
@@ -143,22 +170,47 @@ def cache_options(command: F) -> F:
     @wraps(command)
     def with_policy(*args: Any, mode: str | None, **options: Any) -> Any:
         fields = {name: options.pop(name) for name in _CACHE_FIELDS}
-        given = {name: value for name, value in fields.items() if value is not None}
-        if mode == "none" and given:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise click.UsageError(f"--cache none decodes dense, so {names} would do nothing; leave one out")
-        return command(*args, cache={**given, "mode": mode or ("block" if given else "none")}, **options)
+        return command(*args, cache=_policy(mode, fields), **options)
 
-    decorated: Any = with_policy
+    decorated: F = _with_cache_options(with_policy)
+    return decorated
+
+
+def swept_cache_options(command: F) -> F:
+    """The same with lists of retentions and selections, as `caches`: one mapping, or dense and each of many."""
+
+    @wraps(command)
+    def with_policies(*args: Any, mode: str | None, **options: Any) -> Any:
+        fields = {name: options.pop(name) for name in _CACHE_FIELDS}
+        swept: dict[Any, dict[str, Any]] = {}
+        for selection, retention in product(*(fields[name] or (None,) for name in ("selection", "retention"))):
+            told = None if retention in (None, 1) else selection  # what keeps everything selects nothing
+            swept.setdefault((told, retention), {**fields, "selection": selection, "retention": retention})
+        caches = [_policy(mode, one) for one in swept.values()]
+        return command(*args, caches=caches if len(caches) == 1 else [{"mode": "none"}, *caches], **options)
+
+    decorated: F = _with_cache_options(with_policies, listed=("retention", "selection"))
+    return decorated
+
+
+def _policy(mode: str | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a CachePolicy: those that were given, and a mode that goes with them."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if mode == "none" and given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"--cache none decodes dense, so {names} would do nothing; leave one out")
+    return {**given, "mode": mode or ("block" if given else "none")}
+
+
+def _with_cache_options(command: Any, listed: Collection[str] = ()) -> Any:
     for name, (kind, text) in reversed(_CACHE_FIELDS.items()):
-        decorated = api_option("Cache", name, kind, text)(decorated)
+        command = api_option("Cache", name, kind, text, listed=name in listed)(command)
     modes = click.Choice(CHOICES["mode"])
     text = (
         "none: every pass computes every token; block: after a Refresh, the passes of a block compute the block alone. "
         "Default: none, or block where another of these options is given."
     )
-    cached: F = option("Cache", "--cache", "mode", type=modes, metavar="NAME", help=text)(decorated)
-    return cached
+    return option("Cache", "--cache", "mode", type=modes, metavar="NAME", help=text)(command)
 
 
 def artifact_argument(command: F) -> F:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,6 @@ from dllmc.ir.trace import Graph, Trace, calls, written_bytes
 
 if TYPE_CHECKING:
     from dllmc.artifact import Artifact
-    from dllmc.evaluate import Report
     from dllmc.ir.program import Program
     from dllmc.passes.base import LogEntry
 
@@ -161,24 +159,14 @@ def _trace_document(trace: Trace) -> list[dict[str, Any]]:
     ]
 
 
-def evaluation_lines(measured: "Report") -> Iterator[str]:
-    """What an evaluation measured, in shares, nats and tokens a second."""
-    low, high = measured.interval
-    unit = "missing tokens" if measured.nll is not None else "answers"
-    yield f"task      {measured.task}, {counted(measured.examples, 'example')}"
-    yield f"accuracy  {measured.accuracy:.1%} of {unit} right (95% interval {low:.1%} to {high:.1%})"
-    if measured.nll is not None and measured.nll_interval is not None:
-        low, high = measured.nll_interval
-        interval = f"(95% interval {low:.3f} to {high:.3f})"
-        yield f"NLL       {measured.nll:.3f} nats a missing token, teacher-forced {interval}"
-    each = measured.forward_passes / measured.examples
-    yield f"passes    {counted(measured.forward_passes, 'forward pass')}, {each:.1f} an example"
-    yield f"speed     {measured.tokens_per_second:.0f} tokens/s ({measured.tokens} in {measured.seconds:.2f} s)"
-
-
-def evaluation(measured: "Report") -> dict[str, Any]:
-    """The same as a document for JSON."""
-    return {**asdict(measured), "tokens_per_second": measured.tokens_per_second}
+def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Rows under their names: the first column to the left, the others to the right."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        yield "  ".join(
+            (first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True)))
+        ).rstrip()
 
 
 def counted(count: int, noun: str) -> str:
