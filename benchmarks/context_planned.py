@@ -20,6 +20,7 @@ from dllmc.models.dream import DreamConfig, DreamModel
 from dllmc.models.llada import LLaDAConfig, LLaDAModel
 from dllmc.passes import pipeline
 from dllmc.passes.base import Pass
+from dllmc.passes.cache_kv import CacheKV
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.plan_memory import planned
 from dllmc.passes.sizing import resized, with_rows
@@ -123,8 +124,8 @@ def compiled(shape: Shape, layers: int, tokens: int, rows: int, chunk: int) -> P
 
 
 def in_chunks(chunk: int) -> tuple[Pass, ...]:
-    """The default pipeline, with loops over so many rows at a time."""
-    passes = pipeline.parse(pipeline.DEFAULT_PIPELINE)
+    """The default pipeline for dense steps, which cache nothing, with loops over so many rows at a time."""
+    passes = [each for each in pipeline.parse(pipeline.DEFAULT_PIPELINE) if each.name != CacheKV.name]
     return tuple(ChunkActivations(chunk) if p.name == ChunkActivations.name else p for p in passes)
 
 

@@ -67,18 +67,26 @@ def table(section: str) -> list[str]:
 
 
 def figures() -> list[str]:
-    """A row for every method and number of requests in the results of benchmarks/decode_cpu.py."""
-    results = ROOT / "benchmarks" / "results"
-    shown: dict[tuple[str, int], list[str]] = {}
-    for dtype in ("float32", "bfloat16"):
-        for r in json.loads((results / f"decode_cpu_{dtype}.json").read_text())["results"]:
-            cells = f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}x", f"{r['memory_bytes'] / 2**20:.0f} MiB"
-            same = [f"{r['same_tokens']:.0%}"] if dtype == "float32" else []
-            shown.setdefault((r["method"], r["requests"]), []).extend((*cells, *same))
-    return [
-        f"| {method} | {requests} | {' | '.join(cells + ['-'] * (7 - len(cells)))} |"
-        for (method, requests), cells in shown.items()
-    ]
+    """A row for every setting, number of requests and method in the results of benchmarks/decode_cpu.py."""
+    rows = []
+    for name in ("float32", "bfloat16", "long"):
+        document = json.loads((ROOT / "benchmarks" / "results" / f"decode_cpu_{name}.json").read_text())
+        setting = document["setting"]
+        for r in document["results"]:
+            baselines = r["of_dense"], r["of_dual_cache"]
+            cells = (
+                setting["dtype"],
+                setting["prompt"],
+                r["requests"],
+                r["method"],
+                f"{r['tokens_per_s']:.1f}",
+                *("-" if ratios is None else f"{ratios['speedup']:.2f}x" for ratios in baselines),
+                f"{r['memory_bytes'] / 2**20:.0f} MiB",
+                f"{r['kv_bytes'] / 2**20:.0f} MiB" if r["kv_bytes"] else "-",
+                *("-" if ratios is None else f"{ratios['same_tokens']:.0%}" for ratios in baselines),
+            )
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    return rows
 
 
 def checkpoints() -> list[str]:

@@ -313,8 +313,8 @@ def test_matplotlib_is_not_needed_for_a_page() -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("memory.svg", "memory.svg is neither a page nor an image; give a FILE.html or a FILE.png"),
-        ("memory", "memory is neither a page nor an image; give a FILE.html or a FILE.png"),
+        ("memory.svg", "memory.svg is no picture; give a FILE.html or FILE.png"),
+        ("memory", "memory is no picture; give a FILE.html or FILE.png"),
         ("missing/memory.html", "missing/memory.html cannot be written: No such file or directory; give a file in"),
         ("missing/memory.png", "missing/memory.png cannot be written: No such file or directory; give a file in"),
         ("folder.png", "folder.png exists and is no file"),
