@@ -64,6 +64,12 @@ def write_json(path: Path, payload: Mapping[str, Any]) -> None:
     print(f"wrote {path.name}")
 
 
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process now, or another of its counts in the kernel's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 class PeakMemory:
     """Resident memory of this process, in bytes: at the start of a `with` block, and the most inside it.
 
@@ -71,7 +77,7 @@ class PeakMemory:
     """
 
     def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = self._status("VmRSS")
+        self.start = self.peak = resident_bytes()
         self._done = threading.Event()
         self._sampler: threading.Thread | None = None
         try:
@@ -85,19 +91,14 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         if self._sampler is None:
-            self.peak = self._status("VmHWM")
+            self.peak = resident_bytes("VmHWM")
         else:
             self._done.set()
             self._sampler.join()
 
     def _sample(self) -> None:
         while not self._done.wait(0.002):
-            self.peak = max(self.peak, self._status("VmRSS"))
-
-    @staticmethod
-    def _status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+            self.peak = max(self.peak, resident_bytes())
 
 
 @dataclass

@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from dllmc.artifact import Artifact
     from dllmc.compiler import CompileOptions, compile
     from dllmc.models.checkpoint import load_model, load_spec
+    from dllmc.runtime.async_engine import AsyncEngine
     from dllmc.runtime.engine import Engine, load
+    from dllmc.runtime.handle import Request, Update
+    from dllmc.runtime.likelihood import Score
+    from dllmc.runtime.metrics import Stats
     from dllmc.runtime.params import CachePolicy, Prompt, SamplingParams
     from dllmc.runtime.request import GenerationResult
     from dllmc.runtime.snapshot import Snapshot
@@ -18,14 +22,19 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Artifact": "dllmc.artifact",
+    "AsyncEngine": "dllmc.runtime.async_engine",
     "CachePolicy": "dllmc.runtime.params",
     "CompileOptions": "dllmc.compiler",
     "Engine": "dllmc.runtime.engine",
     "GenerationResult": "dllmc.runtime.request",
     "ModelSpec": "dllmc.spec",
     "Prompt": "dllmc.runtime.params",
+    "Request": "dllmc.runtime.handle",
     "SamplingParams": "dllmc.runtime.params",
+    "Score": "dllmc.runtime.likelihood",
     "Snapshot": "dllmc.runtime.snapshot",
+    "Stats": "dllmc.runtime.metrics",
+    "Update": "dllmc.runtime.handle",
     "compile": "dllmc.compiler",
     "load": "dllmc.runtime.engine",
     "load_model": "dllmc.models.checkpoint",
@@ -34,14 +43,19 @@ _HOME = {
 
 __all__ = [
     "Artifact",
+    "AsyncEngine",
     "CachePolicy",
     "CompileOptions",
     "Engine",
     "GenerationResult",
     "ModelSpec",
     "Prompt",
+    "Request",
     "SamplingParams",
+    "Score",
     "Snapshot",
+    "Stats",
+    "Update",
     "compile",
     "load",
     "load_model",

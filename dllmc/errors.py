@@ -40,5 +40,21 @@ class RequestError(DllmcError):
     """A prompt or sampling parameters that cannot be served; raised before anything runs, with the numbers."""
 
 
+class QueueFullError(DllmcError):
+    """A request that came when as many were in line as the engine lets wait; try again when some are done."""
+
+
+class CancelledError(DllmcError):
+    """The request was cancelled, or its engine closed, before it was done."""
+
+
+class DeadlineError(DllmcError):
+    """The request was not done when its deadline passed."""
+
+
+class StepError(DllmcError):
+    """A request whose step failed; the error that it failed with is the cause. Others in the step went on."""
+
+
 class TaskError(DllmcError):
     """A task that cannot be run: unknown, or a file of examples that is malformed; names the file and its line."""

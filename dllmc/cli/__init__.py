@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,13 @@ for command in (compiling.compile_command, compiling.inspect, compiling.passes, 
     help="Show the blocks unmasking, on standard error: live, coloured by confidence (NO_COLOR is respected) and "
     "slowed to 17 steps a second at most; without a terminal, one plain line a step and prompt.",
 )
+@option(
+    "Output",
+    "--stats",
+    is_flag=True,
+    help="Show what the engine does, on standard error: requests in line and running, tokens a second, milliseconds of "
+    "each phase's steps, pages of the KV pool; live in a terminal, and a last line.",
+)
 @json_option(
     "Print a JSON object a line and prompt: `input` (text or token ids), `output` (text, null without a "
     "tokenizer), `token_ids`, `forward_passes`, `finish_reason` (stop or length)."
@@ -94,6 +101,7 @@ def generate(
     file: str | None,
     chat: bool,
     watch: bool,
+    stats: bool,
     as_json: bool,
     out: Path | None,
     cache: Mapping[str, Any],
@@ -112,7 +120,7 @@ def generate(
     with prompts.replacing(out) if out is not None else nullcontext() as stream:
         with terminal.progress(f"load {artifact}"):
             engine = dllmc.load(artifact)
-        results = _decode(engine, given, chat, params, policy, watch)
+        results = _decode(engine, given, chat, params, policy, watch, stats)
         records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
         if stream is not None:
             stream.writelines(f"{record}\n" for record in records)
@@ -148,15 +156,20 @@ def _decode(
     params: "SamplingParams",
     policy: "CachePolicy",
     watch: bool,
+    stats: bool,
 ) -> "list[GenerationResult]":
-    """Decode with whatever view of it is wanted. Errors say where the prompt they are about was given."""
+    """Decode with whatever views of it are wanted. Errors say where the prompt they are about was given."""
+    from dllmc.cli.stats import stats_line
     from dllmc.cli.watch import bar, view
 
     contents = [_rendered(engine, prompt) if chat else prompt.content for prompt in given]
     work = len(given), params.gen_length
     try:
-        with view(*work, engine.tokenizer) if watch else bar(*work) as on_step:
-            return engine.generate(contents, params, policy, on_step=on_step)
+        with ExitStack() as views:
+            on_step = views.enter_context(view(*work, engine.tokenizer)) if watch else None
+            if stats:
+                on_step = views.enter_context(stats_line(engine, on_step))
+            return engine.generate(contents, params, policy, on_step or views.enter_context(bar(*work)))
     except RequestError as error:
         raise prompts.located(error, given) from error
 

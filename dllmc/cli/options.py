@@ -156,6 +156,14 @@ def sampling_options(command: F) -> F:
         api_option("Sampling", "seed", int, "Key of the sampling noise."),
         option("Tokens", "--ignore-eos", is_flag=True, help="Do not stop at the model's end tokens."),
         _tokens_option("stop_token_ids", "More token ids that end a completion."),
+        option(
+            "Tokens",
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            callback=lambda context, parameter, texts: tuple(text.replace("\\n", "\n") for text in texts),
+            help=r"A text that ends a completion, which is cut before it; \n for a newline. Repeatable.",
+        ),
         _tokens_option("suppress_tokens", "Token ids that are never chosen."),
         _tokens_option("defer_tokens", "Token ids that are committed last."),
     )

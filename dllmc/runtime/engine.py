@@ -1,48 +1,90 @@
-"""The engine: an artifact's program over memory that it owns, decoding any number of requests in packed steps."""
+"""The engine: an artifact's programs over memory that it owns, decoding any number of requests in packed steps.
 
+Between two steps requests come, go, and take each other's places (`dllmc.runtime.roster`); a step is composed of those
+that run together, run, and committed. Any thread may submit, wait, follow and cancel: one of those that wait runs the
+next step, all others sleep until it is over.
+"""
+
+import heapq
+import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from dllmc import artifact
 from dllmc.artifact import Artifact
-from dllmc.errors import BudgetError, RequestError
+from dllmc.errors import BudgetError, CancelledError, DeadlineError, QueueFullError, RequestError, StepError
 from dllmc.ir.program import PAGES
-from dllmc.runtime import batch, scheduler
+from dllmc.runtime import batch, likelihood, scheduler
 from dllmc.runtime.arena import Memory
 from dllmc.runtime.executor import Executor
+from dllmc.runtime.handle import Request
 from dllmc.runtime.kv_pool import KVPool
-from dllmc.runtime.params import DENSE, CachePolicy, Prompt, SamplingParams
-from dllmc.runtime.request import GenerationResult, Request
+from dllmc.runtime.likelihood import Score
+from dllmc.runtime.metrics import Metrics, Stats
+from dllmc.runtime.params import DENSE, CachePolicy, Prompt, SamplingParams, is_integer
+from dllmc.runtime.request import GenerationResult, RequestState
+from dllmc.runtime.roster import Entry, Roster
 from dllmc.runtime.snapshot import Snapshot, snapshot
+from dllmc.runtime.table import IntArray, Table
 from dllmc.runtime.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 PromptLike = str | Sequence[int] | Prompt
 OnStep = Callable[[tuple[Snapshot, ...]], object]
 
+MAX_QUEUE = 1024
+"""Requests that may wait in line, unless `load(max_queue=...)` says otherwise."""
+
 
 class Engine:
     """A loaded artifact. All memory that steps use is allocated here, once: `artifact.memory["total"]` bytes.
 
-    `steps` counts the steps run so far; `tokenizer` is None where the artifact has none. `pool` is None where it was
-    compiled without caches: then every step is dense.
+    `tokenizer` is None where the artifact has none. `pool` is None where it was compiled without caches: then every
+    step is dense. `lock` is held while requests change, never while a step runs.
     """
 
-    def __init__(self, loaded: Artifact) -> None:
+    def __init__(self, loaded: Artifact, scheduling: str = "multiplexed", max_queue: int = MAX_QUEUE) -> None:
+        if scheduling not in scheduler.POLICIES:
+            raise RequestError(f"scheduler is {scheduling!r}; expected one of {', '.join(scheduler.POLICIES)}")
         self.artifact = loaded
         self.spec = loaded.spec
         self.tokenizer = load_tokenizer(loaded.path) if loaded.manifest["tokenizer"] else None
-        self.steps = 0
+        self.max_queue = max_queue
+        self.lock = threading.RLock()
         self._program = program = loaded.program
         self.pool: KVPool | None = None
-        self._table_width = 0
+        width = 0
         if program.caches:
             self.pool = KVPool(program.maxima[PAGES], program.page_tokens)
-            self._table_width = program.inputs["page_table"].shape[1].constant
+            width = program.inputs["page_table"].shape[1].constant
         self.memory = Memory(list(loaded.programs.values()), loaded.load_weights())
         self._executors = {name: Executor(each, self.memory) for name, each in loaded.programs.items()}
+        positions = min(self.spec.max_positions, program.maxima["tokens"])
+        self._table = Table(program.maxima["segments"], positions, width)
+        self._roster = Roster(self._table, program.maxima, self.pool, scheduler.POLICIES[scheduling])
+        self._metrics = Metrics()
+        self._requests: dict[Entry, Request] = {}  # all that are not done
+        self._cancelled: list[Request] = []  # during the step that runs
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._order = count()
+        self._driving = threading.Lock()  # held by the thread that runs a step
+        self._changed = threading.Condition()  # told of each step, and of each request that comes
+        self._changes = 0
+        self._closed = False
+
+    @property
+    def steps(self) -> int:
+        """Steps run so far."""
+        return self._metrics.steps
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def generate(
         self,
@@ -55,28 +97,170 @@ class Engine:
 
         A prompt is text, token ids, or a `Prompt`; one prompt may be given without a list around it. `params` and
         `cache` hold for all prompts, or are one for each; without `cache` every step is dense. Raises `RequestError`
-        before anything runs.
+        before anything runs, and `StepError` once the others are done. The line's limit does not hold here.
 
-        `on_step` is called after each step with a `Snapshot` of every request that was in it, in the order in which
-        they joined; decoding waits until it returns, and what it raises ends the call.
+        `on_step` is called after each step with a `Snapshot` of every prompt that got on, in their order; decoding
+        waits until it returns, and what it raises ends the call.
         """
         listed = _as_list(prompts)
         every = _one_each(params or SamplingParams(), len(listed), SamplingParams, "params")
         policies = _one_each(cache or DENSE, len(listed), CachePolicy, "cache")
         together = enumerate(zip(listed, every, policies, strict=True))
-        requests = [self._request(*given, index) for index, given in together]
-        self._decode(requests, on_step)
-        return [self._result(request) for request in requests]
-
-    def _request(self, prompt: PromptLike, params: SamplingParams, cache: CachePolicy, index: int) -> Request:
-        given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-        where = f"prompt {index}"
+        states = [self._state(*given, f"prompt {index}") for index, given in together]
+        requests = [self._enqueue(state, 0, None) for state in states]
+        seen = [0] * len(requests)
+        unfinished = list(range(len(requests)))
         try:
-            request = Request(self._token_ids(given.content), params, self.spec, given.infill, given.reference, cache)
+            while unfinished := [index for index in unfinished if not requests[index].done]:
+                self._advance()
+                if on_step is not None:
+                    with self.lock:
+                        on = [index for index in unfinished if states[index].step > seen[index]]
+                        shown = tuple(snapshot(index, states[index]) for index in on)
+                    for index in on:
+                        seen[index] = states[index].step
+                    if shown:
+                        on_step(shown)
+        finally:
+            for index in unfinished:
+                requests[index].cancel()
+        return [request.result() for request in requests]
+
+    def submit(
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        cache: CachePolicy | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        """Put a request in line and return at once; it is decoded as it would be alone.
+
+        Its steps are run by whoever waits for a result or an update, by `step`, or by an `AsyncEngine`. priority:
+        requests of a higher one go first, and may take a place from others (`scheduler.LATENCY`). deadline: seconds
+        from now, after which it ends with `DeadlineError` unless it is done.
+
+        Raises `RequestError` where it can never be served, and `QueueFullError` where `max_queue` requests wait.
+        """
+        params, cache = params or SamplingParams(), cache or DENSE
+        if not is_integer(priority):
+            raise RequestError(f"priority is {priority!r}; expected an integer")
+        if deadline is not None and not deadline > 0:
+            raise RequestError(f"deadline is {deadline!r}; expected seconds from now, > 0, or None")
+        state = self._state(prompt, params, cache, "the request")
+        with self.lock:
+            if self._roster.waiting >= self.max_queue:
+                self._metrics.refused += 1
+                raise QueueFullError(
+                    f"{self._roster.waiting} requests are in line and {self._roster.running} running; expected less "
+                    f"than max_queue = {self.max_queue} in line: wait for some, or load with a larger max_queue"
+                )
+            return self._enqueue(state, priority, deadline)
+
+    def step(self) -> bool:
+        """Run one step, or wait for the one that another thread runs. False if there is no request."""
+        with self.lock:
+            if not self._requests:
+                return False
+        self._advance()
+        return True
+
+    def stats(self) -> Stats:
+        """What is in the engine now, and what it has done since it was loaded."""
+        with self.lock:
+            pages = self.pool.pages if self.pool is not None else 0
+            used = pages - self.pool.free if self.pool is not None else 0
+            roster = self._roster
+            return self._metrics.snapshot(roster.waiting, roster.running, used, pages, roster.preemptions)
+
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        completion: str | Sequence[int],
+        samples: int = 128,
+        seed: int = 0,
+        cfg_scale: float = 0.0,
+    ) -> Score:
+        """Estimate the log-likelihood of a completion, in nats (`dllmc.runtime.likelihood`).
+
+        Each sample is one forward pass with a random part of the completion masked; steps hold as many as fit. A
+        completion may have as many tokens as a step has rows. Raises `RequestError`.
+        """
+        if samples < 1:
+            raise RequestError(f"samples is {samples}; expected at least 1")
+        given, ids = self._token_ids(prompt), self._token_ids(completion)
+        if not ids:
+            raise RequestError("the completion is empty (0 tokens); expected at least 1 token")
+        length = len(ids)
+        params = SamplingParams(
+            gen_length=length, block_length=length, steps=1, ignore_eos=True, logprobs=True, cfg_scale=cfg_scale
+        )
+        masked = likelihood.masked_sets(length, samples, seed)
+        prompts = []
+        for offsets in masked:
+            hidden = set(offsets.tolist())
+            prompts.append(Prompt(given, {at: ids[at] for at in range(length) if at not in hidden}, ids))
+        sums = [sum(result.logprobs or ()) for result in self.generate(prompts, params)]
+        return likelihood.score([total * length / len(offsets) for total, offsets in zip(sums, masked, strict=True)])
+
+    def close(self) -> None:
+        """Cancel all requests and take no more."""
+        with self.lock:
+            self._closed = True
+            requests = list(self._requests.values())
+        for request in requests:
+            self.cancel(request)
+        self._tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def cancel(self, request: Request) -> None:
+        """See `Request.cancel`."""
+        with self.lock:
+            if request.done:
+                return
+            self._cancelled.append(request)
+        if self._driving.acquire(blocking=False):  # else who runs a step does it, behind the step
+            try:
+                with self.lock:
+                    self._drop_cancelled()
+            finally:
+                self._driving.release()
+            self._tell()
+
+    def run_until(self, ready: Callable[[], bool], timeout: float | None = None) -> None:
+        """Run steps, or let another thread, until something holds. Raises `TimeoutError` after so many seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not ready():
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"not done within {timeout} s")
+            self._advance(left)
+
+    def wait_for_requests(self, timeout: float | None = None) -> None:
+        """Sleep until there is a request that is not done, or the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._requests or self._closed, timeout)
+
+    def _state(self, prompt: PromptLike, params: SamplingParams, cache: CachePolicy, where: str) -> RequestState:
+        given = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+        try:
+            ids = self._token_ids(given.content)
+            state = RequestState(ids, params, self.spec, given.infill, given.reference, cache, decode)
+            scheduler.require_admissible(state, self._program.maxima, self.pool, where)
         except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-        scheduler.require_admissible(request, self._program.maxima, self.pool, where)
-        return request
+            self._metrics.refused += 1
+            message = str(error)
+            raise RequestError(message if message.startswith(where) else f"{where}: {message}") from None
+        return state
 
     def _token_ids(self, content: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(content, str):
@@ -85,57 +269,153 @@ class Engine:
             raise RequestError("the prompt is text, but the artifact has no tokenizer; give token ids")
         return self.tokenizer.encode(content)
 
-    def _decode(self, requests: Sequence[Request], on_step: OnStep | None) -> None:
-        index_of = {request: index for index, request in enumerate(requests)}
-        unfinished = [request for request in requests if not request.finished]
+    def _enqueue(self, state: RequestState, priority: int, deadline: float | None) -> Request:
+        now = time.monotonic()
+        entry = Entry(state, scheduler.due(now, priority, deadline))
+        request = Request(self, entry)
+        with self.lock:
+            if self._closed:
+                raise CancelledError("the engine is closed; load the artifact again")
+            if state.finished:  # nothing is masked
+                self._finish(request)
+                return request
+            self._requests[entry] = request
+            self._roster.add(entry)
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (now + deadline, next(self._order), request))
+                if len(self._deadlines) > 2 * len(self._requests) + MAX_QUEUE:
+                    self._deadlines = sorted(each for each in self._deadlines if not each[2].done)
+        self._tell()
+        return request
+
+    def _advance(self, timeout: float | None = None) -> None:
+        """Run a step, or sleep until another thread has run one."""
+        seen = self._changes
+        if self._driving.acquire(blocking=False):
+            try:
+                self._run_next()
+            finally:
+                self._driving.release()
+                self._tell()
+        else:
+            with self._changed:
+                self._changed.wait_for(lambda: self._changes != seen, timeout)
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def _run_next(self) -> None:
+        with self.lock:
+            self._drop_cancelled()
+            now = time.monotonic()
+            self._drop_late(now)
+            rows = self._roster.next(now)
+        if rows.size:
+            self._run(rows)
+        with self.lock:
+            self._drop_cancelled()
+
+    def _run(self, rows: IntArray) -> None:
+        """Run a step of these rows; if it fails, each row alone, so that only those are lost that fail."""
+        start = time.perf_counter()
         try:
-            while unfinished:
-                together = scheduler.next_step(unfinished, self._program.maxima, self.pool)
-                self._step(together)
-                if on_step is not None:
-                    on_step(tuple(snapshot(index_of[request], request) for request in together))
-                unfinished = [request for request in unfinished if not request.finished]
-        finally:
-            for request in unfinished:
-                self._release(request)
+            step = batch.compose(
+                self._table, rows, self._program.maxima["rows"], self.spec.mask_id, self.pool is not None
+            )
+            executor = self._executors.get(step.phase) or self._executors[self._program.name]
+            predicted = executor.run(step.sizes, step.inputs)
+        except Exception as error:
+            if rows.size > 1:
+                for row in rows:
+                    self._run(rows[rows == row])
+                return
+            with self.lock:
+                [entry] = self._roster.at(rows)
+                failed = StepError(f"the request's step {entry.state.step} failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+                self._metrics.failed += 1
+                self._end(self._requests[entry], failed)
+            return
+        with self.lock:
+            masked = int(self._table.left[rows].sum())
+            deferring: Sequence[Sequence[int]] = ()
+            if self._table.defers[step.committing].any():
+                deferring = [entry.state.params.defer_tokens for entry in self._roster.at(step.committing)]
+            full = step.commit(**predicted, deferring=deferring)
+            committed = masked - int(self._table.left[rows].sum())
+            self._metrics.stepped(step.phase, time.perf_counter() - start, committed)
+            for entry in self._roster.at(full):
+                entry.state.leave_full_blocks()
+                if entry.state.finished:
+                    self._finish(self._requests[entry])
 
-    def _step(self, requests: Sequence[Request]) -> None:
-        step = batch.compose(requests, self._program.maxima["rows"], self.pool, self._table_width)
-        executor = self._executors.get(step.phase) or self._executors[self._program.name]
-        step.commit(**executor.run(step.sizes, step.inputs))
-        self.steps += 1
-        for request in requests:
-            if request.finished or not request.step_in_block:  # a cache serves one block
-                self._release(request)
+    def _finish(self, request: Request) -> None:
+        self._metrics.finished += 1
+        self._end(request, None)
 
-    def _release(self, request: Request) -> None:
-        for side in range(request.sides):
-            if self.pool is not None:
-                self.pool.release((request, side))
+    def _end(self, request: Request, error: Exception | None) -> None:
+        """Take a request out, done: with an error, or with its result."""
+        entry = request.entry
+        if self._requests.pop(entry, None) is not None:
+            self._roster.remove(entry)
+        request.end(entry.state.result() if error is None else error)
 
-    def _result(self, request: Request) -> GenerationResult:
-        result = request.result()
-        return result if self.tokenizer is None else replace(result, text=self.tokenizer.decode(result.token_ids))
+    def _drop_cancelled(self) -> None:
+        for request in self._cancelled:
+            if not request.done:
+                self._metrics.cancelled += 1
+                self._end(request, CancelledError("the request was cancelled"))
+        self._cancelled.clear()
+
+    def _drop_late(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if not request.done:
+                state = request.entry.state
+                self._metrics.cancelled += 1
+                masked = int(state.masked.sum())
+                self._end(
+                    request,
+                    DeadlineError(
+                        f"the deadline passed with {masked} positions masked, after {state.step} forward passes; "
+                        "give it more time or a higher priority"
+                    ),
+                )
 
 
-def load(path: str | Path, memory_budget: int | None = None) -> Engine:
+def load(
+    path: str | Path,
+    memory_budget: int | None = None,
+    scheduler: str = "multiplexed",
+    max_queue: int = MAX_QUEUE,
+) -> Engine:
     """Open an artifact and allocate what its plan says: `artifact.memory["total"]` bytes.
 
     `memory_budget`: the most bytes that may be; the KV pool has what weights, arena and state leave of it. None: the
-    pool is as large as it was compiled. Raises `ArtifactError`, or `BudgetError` where not a page is left.
+    pool is as large as it was compiled. `scheduler`: "multiplexed", or for comparison "fcfs" or "static"
+    (`dllmc.runtime.scheduler`); tokens are the same. `max_queue`: requests that may wait in line.
+
+    Raises `ArtifactError`, or `BudgetError` where not a page is left.
     """
     opened = artifact.read(path)
-    if memory_budget is None:
-        return Engine(opened)
+    if memory_budget is not None:
+        opened = _within(opened, memory_budget)
+    return Engine(opened, scheduler, max_queue)
+
+
+def _within(opened: Artifact, memory_budget: int) -> Artifact:
+    """The artifact with as many pages of the KV pool as a budget leaves it."""
     fixed = opened.memory["total"] - opened.memory["kv_pool"]
     page = max(program.page_bytes for program in opened.programs.values())
     if fixed + page > memory_budget:
         parts = ", ".join(f"{name} {opened.memory[name]}" for name in ("weights", "arena", "state"))
         raise BudgetError(
-            f"{path}: expected a memory budget of {fixed + page} bytes or more ({parts}, a page of the KV pool "
+            f"{opened.path}: expected a memory budget of {fixed + page} bytes or more ({parts}, a page of the KV pool "
             f"{page}), found {memory_budget}; compile with a memory budget to have a smaller arena"
         )
-    return Engine(opened.with_pages((memory_budget - fixed) // page) if page else opened)
+    return opened.with_pages((memory_budget - fixed) // page) if page else opened
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

@@ -84,6 +84,9 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     """Token ids that end decoding with their block; the completion is cut after the first. Kept as a tuple."""
 
+    stop: str | Sequence[str] = ()
+    """Texts that end decoding with their block; the completion's text is cut before the first. Kept as a tuple."""
+
     suppress_tokens: Sequence[int] = ()
     """At most 64 token ids that are never chosen: their logits are -inf (LLaDA's `logits_eos_inf`)."""
 
@@ -99,6 +102,10 @@ class SamplingParams:
             listed = isinstance(ids, Sequence) and not isinstance(ids, str | bytes)
             self._require(name, listed and all(is_integer(i) for i in ids), "a list of integer token ids")
             object.__setattr__(self, name, tuple(int(i) for i in ids))
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        texts_ok = isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
+        self._require("stop", texts_ok, "a text, or a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(texts))
         for name in ("gen_length", "block_length"):
             self._require(name, _integer_in(getattr(self, name), 1), "an integer >= 1")
         self._require("steps", self.steps is None or _integer_in(self.steps, 1), "an integer >= 1, or None")
@@ -197,14 +204,6 @@ class CachePolicy:
     def _require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise RequestError(f"CachePolicy.{name} is {getattr(self, name)!r}; expected {expected}")
-
-    def phase(self, step: int) -> Phase:
-        """What the `step`-th step of a block is, from 0."""
-        since = step - self.delay
-        if self.mode == "none" or since < 0:
-            return "full"
-        again = since == 0 or (self.refresh_interval is not None and since % self.refresh_interval == 0)
-        return "refresh" if again else "reuse"
 
     def kept(self, candidates: int) -> int:
         """How many of the positions outside of the active span each head keeps."""

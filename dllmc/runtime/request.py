@@ -1,10 +1,10 @@
-"""The record of one request while it is decoded: its tokens, what is masked, where in the schedule it stands.
+"""The state of one request while it is decoded: its tokens, what is masked, where in the schedule it stands.
 
-A request knows nothing of batches or devices: a step asks it for its `phase`, `candidates()` and `commit_count()`, and
+A request knows nothing of batches or devices: a step asks for its `phase`, `candidates()` and `commit_count()`, and
 hands the decision back to `commit()`. Positions, never token values, say what is masked (semantics.md, "Commit").
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from dllmc.errors import RequestError
 from dllmc.runtime.params import (
+    CONFIDENCE_RULES,
     DENSE,
+    SELECTIONS,
     CachePolicy,
     Phase,
     SamplingParams,
@@ -22,6 +24,7 @@ from dllmc.runtime.params import (
     require_servable,
     require_token_ids,
 )
+from dllmc.runtime.table import PHASES, Table
 from dllmc.spec import ModelSpec
 
 FinishReason = Literal["stop", "length"]
@@ -32,27 +35,30 @@ class GenerationResult:
     """What a finished request returns."""
 
     token_ids: list[int]
-    """The completion only, cut after its first stop token."""
+    """The completion only, cut after its first stop token, or the token that completes its first stop string."""
 
     text: str | None
-    """The completion as text; None without a tokenizer."""
+    """The completion as text, cut before its first stop string; None without a tokenizer."""
 
     forward_passes: int
     """Steps taken; a guided step counts once."""
 
     finish_reason: FinishReason
-    """"stop": a stop token cut the completion. "length": it has `gen_length` tokens."""
+    """"stop": a stop token or string cut the completion. "length": it has `gen_length` tokens."""
 
     logprobs: list[float] | None
     """Natural log of each token's probability when it was committed, 0.0 for infilled ones; None if not asked for."""
 
 
-class Request:
+class RequestState:
     """A request being decoded; created valid, advanced by `commit`, finished when `finished`.
 
     token_ids: [P + G] int64, prompt and generation region, the model's `mask_id` where nothing is committed yet.
-    masked: [P + G] bool. start, end: the current block's positions, half-open. step: steps taken, over all blocks;
-    step_in_block: in this one. masked_at_start: masked positions of the current block when it began.
+    masked: [P + G] bool. fixed: infilled positions. start, end: the current block's positions, half-open. step: steps
+    taken, over all blocks; step_in_block: in this one. masked_at_start: masked positions of the current block when it
+    began.
+
+    All that changes is in a row of a `Table`: of its own, or of one that it shares with others (`move`).
     """
 
     def __init__(
@@ -63,34 +69,72 @@ class Request:
         infill: Mapping[int, int] = MappingProxyType({}),
         reference: Sequence[int] | None = None,
         cache: CachePolicy = DENSE,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        """Raise `RequestError`, with the numbers, for a prompt, infill or params that the model cannot serve."""
+        """Raise `RequestError`, with the numbers, for a prompt, infill or params that the model cannot serve.
+
+        decode: token ids to text; None without a tokenizer.
+        """
         _require_fits(len(prompt_ids), params.gen_length, spec.max_positions)
         require_token_ids("prompt", enumerate(prompt_ids), spec.vocab_size)
         _require_infill(infill, params.gen_length, spec.vocab_size)
         _require_reference(reference, params.gen_length, spec.vocab_size)
         require_servable(params, spec.vocab_size)
+        if params.stop and decode is None:
+            raise RequestError(
+                f"SamplingParams.stop is {params.stop!r}, but the artifact has no tokenizer; give stop_token_ids"
+            )
         self.params = params
         self.cache = cache
         self.prompt_length = len(prompt_ids)
-        self.step = 0
+        self.length = self.prompt_length + params.gen_length
         self.finish_reason: FinishReason | None = None
-
-        self.token_ids: npt.NDArray[np.int64] = np.full(self.prompt_length + params.gen_length, spec.mask_id, np.int64)
-        self.masked = np.ones(self.token_ids.size, np.bool_)
-        fixed = self.prompt_length + np.fromiter(infill.keys(), np.int64, len(infill))
-        self.token_ids[: self.prompt_length] = prompt_ids
-        self.token_ids[fixed] = np.fromiter(infill.values(), np.int64, len(infill))
-        self.masked[: self.prompt_length] = False
-        self.masked[fixed] = False
-
         self._mask_id = spec.mask_id
         self._shifted = spec.shifted
-        self._reference = None if reference is None else np.array([*prompt_ids, *reference], np.int64)
+        self._decode = decode
+        self._stop_end: int | None = None
         self._stop_ids = np.array([*params.stop_token_ids, *(() if params.ignore_eos else spec.end_ids)], np.int64)
-        self._logprobs = np.zeros(self.token_ids.size)
+
+        self.table, self.row = Table(1, self.length), 0
+        self.fixed = fixed = self.prompt_length + np.fromiter(infill.keys(), np.int64, len(infill))
+        self.token_ids[:] = spec.mask_id
+        self.token_ids[: self.prompt_length] = prompt_ids
+        self.token_ids[fixed] = np.fromiter(infill.values(), np.int64, len(infill))
+        self.masked[self.prompt_length :] = True
+        self.masked[fixed] = False
+        if reference is not None:
+            self.table.reference[0, self.prompt_length :] = reference
+        self._fill_columns()
         self._enter_block(self.prompt_length)
-        self._leave_full_blocks()
+        self.leave_full_blocks()
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int64]:
+        return self.table.token_ids[self.row, : self.length]
+
+    @property
+    def masked(self) -> npt.NDArray[np.bool_]:
+        return self.table.masked[self.row, : self.length]
+
+    @property
+    def start(self) -> int:
+        return int(self.table.start[self.row])
+
+    @property
+    def end(self) -> int:
+        return int(self.table.end[self.row])
+
+    @property
+    def step(self) -> int:
+        return int(self.table.step[self.row])
+
+    @property
+    def step_in_block(self) -> int:
+        return int(self.table.step_in_block[self.row])
+
+    @property
+    def masked_at_start(self) -> int:
+        return int(self.table.masked_at_start[self.row])
 
     @property
     def finished(self) -> bool:
@@ -100,12 +144,7 @@ class Request:
     @property
     def phase(self) -> Phase:
         """What the next step is."""
-        return self.cache.phase(self.step_in_block)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The active span, half-open: the block, and for a shifted model its predecessor."""
-        return max(self.start - self._shifted, 0), self.end
+        return PHASES[int(self.table.phases(self._rows)[0])]
 
     @property
     def sides(self) -> int:
@@ -126,41 +165,20 @@ class Request:
     def most_kept(self) -> int:
         """How many keys a head keeps at most: in the last block, which is the shortest."""
         last = self.params.gen_length - (self.params.blocks - 1) * self.params.block_length
-        return self.cache.kept(self.token_ids.size - last - self._shifted)
-
-    @property
-    def kept(self) -> int:
-        """How many keys a head keeps at a Refresh of the current block."""
-        first, end = self.span
-        return self.cache.kept(self.token_ids.size - (end - first))
-
-    @property
-    def commit_threshold(self) -> float:
-        """Confidence from which this request commits; +inf where `commit_count` alone decides."""
-        return np.inf if self.params.threshold is None else self.params.threshold
+        return self.cache.kept(self.length - last - self._shifted)
 
     @property
     def logprobs(self) -> npt.NDArray[np.float64] | None:
         """[P + G], natural log: of each token that was committed, 0.0 elsewhere; None unless the params ask for it."""
-        return self._logprobs if self.params.logprobs else None
+        return self.table.logprobs[self.row, : self.length] if self.params.logprobs else None
 
     def candidates(self) -> npt.NDArray[np.int64]:
         """Masked positions of the current block, ascending: [rows]. Empty once finished."""
-        return self.start + np.flatnonzero(self.masked[self.start : self.end])
-
-    def targets(self) -> npt.NDArray[np.int64]:
-        """The reference's tokens at the candidates, -1 without a reference: [rows]."""
-        candidates = self.candidates()
-        return np.full_like(candidates, -1) if self._reference is None else self._reference[candidates]
+        return self.table.candidates(self._rows)[1]
 
     def commit_count(self) -> int:
         """How many candidates this step commits, maybe 0; with a threshold, the least it commits: 1."""
-        steps = self.params.steps_per_block
-        if steps is None:
-            return 1
-        if self.params.schedule == "timestep":
-            return timestep_count(self.candidates().size, self.step_in_block, steps)
-        return uniform_count(self.masked_at_start, self.step_in_block, steps)
+        return int(self.table.commit_counts(self._rows)[0])
 
     def commit(
         self,
@@ -175,73 +193,114 @@ class Request:
         """
         if self.finished or not np.isin(positions, self.candidates()).all():
             raise ValueError(f"commit at {positions}: expected positions among the candidates {self.candidates()}")
-        if self.params.logprobs:
-            if logprobs is None:
+        if logprobs is None:
+            if self.params.logprobs:
                 raise ValueError("commit without logprobs, which the request's params ask for")
-            self._logprobs[positions] = logprobs
-        self.token_ids[positions] = token_ids if self._reference is None else self._reference[positions]
-        self.masked[positions] = False
-        self.step += 1
-        self.step_in_block += 1
-        self._leave_full_blocks()
+            logprobs = np.zeros(len(positions))
+        self.table.commit(self._rows, np.zeros_like(positions), positions, token_ids, logprobs)
+        self.leave_full_blocks()
 
-    def unconditional_token_ids(self) -> npt.NDArray[np.int64]:
-        """What guidance's second pass sees, [P + G]: the prompt replaced by `mask_id`, the rest as it is."""
-        ids = self.token_ids.copy()
-        ids[: self.prompt_length] = self._mask_id
-        return ids
-
-    def result(self) -> GenerationResult:
-        """The completion, without text. Raises `ValueError` unless finished."""
-        if self.finish_reason is None:
-            raise ValueError(f"the request is not finished: {self.masked.sum()} positions are masked")
-        end = self.end if self.finish_reason == "length" else self.start + self._stops()[0] + 1
-        completion = slice(self.prompt_length, end)
-        return GenerationResult(
-            token_ids=self.token_ids[completion].tolist(),
-            text=None,
-            forward_passes=self.step,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs[completion].tolist() if self.params.logprobs else None,
-        )
-
-    def _enter_block(self, start: int) -> None:
-        self.start = start
-        self.end = min(start + self.params.block_length, self.token_ids.size)
-        self.step_in_block = 0
-        self.masked_at_start = self.candidates().size
-
-    def _leave_full_blocks(self) -> None:
+    def leave_full_blocks(self) -> None:
         """End each block in which nothing is masked, infilled ones too, until one has work or decoding is over."""
-        while not self.candidates().size:
-            if self._stops().size:
+        while not self.table.left[self.row]:
+            self._stop_end = self._stops()
+            if self._stop_end is not None:
                 self.finish_reason = "stop"
                 return
-            if self.end == self.token_ids.size:
+            if self.end == self.length:
                 self.finish_reason = "length"
                 return
             self._enter_block(self.end)
 
-    def _stops(self) -> npt.NDArray[np.int64]:
-        """Offsets of stop tokens in the current block, which must be full."""
-        return np.flatnonzero(np.isin(self.token_ids[self.start : self.end], self._stop_ids))
+    def lose_cache(self) -> None:
+        """Say that its pages are gone: the block's Refresh is done again before it goes on (semantics.md)."""
+        self.table.lost[self.row] |= self.phase == "reuse"
 
+    def move(self, table: Table, row: int) -> None:
+        """Go on in a row of another table."""
+        table.copy(row, self.table, self.row)
+        self.table, self.row = table, row
 
-def uniform_count(masked_at_start: int, step: int, steps: int) -> int:
-    """Tokens that step `step` of a block's `steps` commits: an even share, the remainder going to the first ones."""
-    share, remainder = divmod(masked_at_start, steps)
-    return share + (step < remainder)
+    def leave(self) -> None:
+        """Go on in a table of its own."""
+        self.move(Table(1, self.length), 0)
 
+    def result(self) -> GenerationResult:
+        """The completion. Raises `ValueError` unless finished."""
+        if self.finish_reason is None:
+            raise ValueError(f"the request is not finished: {self.masked.sum()} positions are masked")
+        completion = slice(self.prompt_length, self._stop_end or self.length)
+        return GenerationResult(
+            token_ids=self.token_ids[completion].tolist(),
+            text=self.text(),
+            forward_passes=self.step,
+            finish_reason=self.finish_reason,
+            logprobs=None if self.logprobs is None else self.logprobs[completion].tolist(),
+        )
 
-def timestep_count(masked: int, step: int, steps: int) -> int:
-    """Tokens that step `step` of a block's `steps` commits of the `masked` left; all of them at the last step.
+    def text(self) -> str | None:
+        """The blocks that are over, as text, cut before the first stop string; None without a tokenizer."""
+        if self._decode is None:
+            return None
+        end = self.start if self.finish_reason is None else self._stop_end or self.length
+        text = self._decode(self.token_ids[self.prompt_length : end].tolist())
+        return text[: min((at for at in map(text.find, self.params.stop) if at >= 0), default=len(text))]
 
-    Before it, int(masked * (1 - t[step + 1] / t[step])) with t = linspace(1, 1e-3, steps + 1) (Dream, arXiv
-    2508.15487), as one fraction of integers: t[i] = (1000 * steps - 999 * i) / (1000 * steps). No rounding decides.
-    """
-    if step == steps - 1:
-        return masked
-    return 999 * masked // (1000 * steps - 999 * step)
+    @property
+    def _rows(self) -> npt.NDArray[np.int64]:
+        return np.array([self.row], np.int64)
+
+    def _fill_columns(self) -> None:
+        """What stays as it is."""
+        params, cache = self.params, self.cache
+        columns = {
+            "prompt_length": self.prompt_length,
+            "length": self.length,
+            "steps_per_block": params.steps_per_block or 0,
+            "timestep": params.schedule == "timestep",
+            "threshold": np.inf if params.threshold is None else params.threshold,
+            "caches": cache.mode != "none",
+            "delay": cache.delay,
+            "interval": cache.refresh_interval or 0,
+            "selection": SELECTIONS.index(cache.selection),
+            "pool": cache.pool,
+            "cfg_scale": params.cfg_scale,
+            "temperature": params.temperature,
+            "top_k": params.top_k or 0,
+            "top_p": params.top_p or 1.0,
+            "rule": CONFIDENCE_RULES.index(params.remasking),
+            "seed": params.seed,
+            "defers": bool(params.defer_tokens),
+        }
+        for name, value in columns.items():
+            getattr(self.table, name)[self.row] = value
+        self.table.suppressed[self.row, : len(params.suppress_tokens)] = params.suppress_tokens
+
+    def _enter_block(self, start: int) -> None:
+        table, row = self.table, self.row
+        end = min(start + self.params.block_length, self.length)
+        span = max(start - self._shifted, 0)
+        table.start[row], table.end[row], table.span[row] = start, end, span
+        table.step_in_block[row] = 0
+        table.left[row] = table.masked_at_start[row] = self.masked[start:end].sum()
+        table.kept[row] = self.cache.kept(self.length - (end - span)) if self.cache.mode != "none" else 0
+        table.lost[row] = False
+
+    def _stops(self) -> int | None:
+        """The position behind the token that stops decoding in the current block, which must be full."""
+        block = self.token_ids[self.start : self.end]
+        stops = np.flatnonzero(np.isin(block, self._stop_ids))
+        end = self.start + int(stops[0]) + 1 if stops.size else None
+        if self._decode is None or not self._has_stop(end or self.end):
+            return end
+        return next(at for at in range(self.start + 1, self.end + 1) if self._has_stop(at))
+
+    def _has_stop(self, end: int) -> bool:
+        """Whether the completion's text up to a position has a stop string."""
+        if self._decode is None or not self.params.stop:
+            return False
+        text = self._decode(self.token_ids[self.prompt_length : end].tolist())
+        return any(stop in text for stop in self.params.stop)
 
 
 def _require_fits(prompt_length: int, gen_length: int, max_positions: int) -> None:

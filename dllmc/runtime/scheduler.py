@@ -1,43 +1,186 @@
-"""Which requests take part in a step: first come, first served, within what the program and the KV pool can take.
+"""Who runs together in a step, and who has a place: pure functions of what requests want and what is free.
 
-A request that does not fit waits for another step, and those behind it that fit go on. So the oldest always runs, and
-none starves: pages are given out in order too, and whoever holds some needs no more to finish its block.
+A step is heavy for a request (Full and Refresh compute all of its tokens) or light (Reuse computes its block). The
+policy "multiplexed" takes the light ones first and as many heavy ones as leave a step short, so that these are spread
+over steps; what does not fit lets those behind it go on. Nobody starves. Within a step: who has waited for `PATIENCE`
+steps goes first, so that of n requests with a place each runs at least once in any `PATIENCE + n` steps. For a place:
+they are given in order of when requests are due, and who is due passes over nobody; `LATENCY` says when that is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from dllmc.errors import RequestError
 from dllmc.ir.program import SYMBOLS
 from dllmc.runtime.kv_pool import KVPool
-from dllmc.runtime.request import Request
+from dllmc.runtime.request import RequestState
+from dllmc.runtime.table import REFRESH, REUSE, BoolArray, DoubleArray, IntArray, Table
 
 Demand = Mapping[str, int]
 
+PATIENCE = 16
+"""Steps that a request with a place waits before it goes first."""
 
-def demand(request: Request) -> Demand:
-    """What a request's next step takes, in the program's symbols."""
-    first, end = request.span
-    tokens = end - first if request.phase == "reuse" else request.token_ids.size
-    return _sizes(request, tokens, request.candidates().size, end - first if request.phase == "refresh" else 0)
+LATENCY = 60.0
+"""Seconds: a request is due so long after it was submitted, or at its deadline, and for each point of priority so
+much earlier. It may take the places of requests that are due more than this later."""
+
+IN_SIGHT = 64
+"""Requests in line that are looked at for one that fits."""
+
+HEAVY_SHARE = 4
+"""Heavy requests beyond the first share this part of a step's tokens, 1 / HEAVY_SHARE."""
 
 
-def most(request: Request) -> Demand:
+@dataclass(frozen=True)
+class Policy:
+    """How steps are composed and places given.
+
+    skips: what does not fit lets those behind it go on. multiplexes: light steps go first, heavy ones are spread, who
+    has waited long goes before all; places go by when requests are due, not by arrival. together: requests are given
+    places together, as many as fit one step, and the next ones when all of these are done.
+    """
+
+    skips: bool = False
+    multiplexes: bool = False
+    together: bool = False
+
+
+POLICIES = {"multiplexed": Policy(skips=True, multiplexes=True), "fcfs": Policy(), "static": Policy(together=True)}
+"""The choices of `load(scheduler=...)`; "fcfs" and "static" are for comparison."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the next steps of requests take, and what bears on their order: an entry a request, in order of arrival.
+
+    sizes: [requests, symbols] of the program. due: seconds. waited: steps since it last ran.
+    """
+
+    sizes: IntArray
+    heavy: BoolArray
+    due: DoubleArray
+    waited: IntArray
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a place for a request takes: pages of the KV pool, and at most these sizes of any step."""
+
+    pages: int
+    sizes: tuple[int, ...]
+    due: float
+
+
+def wanted(table: Table, rows: IntArray) -> Wanted:
+    """What the next steps of these rows take."""
+    phases, sides = table.phases(rows), table.sides(rows)
+    light = phases == REUSE
+    span = table.end[rows] - table.span[rows]
+    asked = np.where(table.lost[rows], 0, table.left[rows])
+    tokens = np.where(light, span, table.length[rows])
+    active = np.where(phases == REFRESH, span, 0)
+    sizes = np.stack((tokens * sides, asked, asked * (sides - 1), sides, active * sides), axis=1)
+    return Wanted(sizes, ~light, table.due[rows], table.waited[rows])
+
+
+def choose(wanted: Wanted, limits: Sequence[int], policy: Policy) -> list[int]:
+    """Compose a step: which requests run, ascending; at least one if there is any. limits: of each symbol."""
+    count = len(wanted.sizes)
+    tokens, few = wanted.sizes[:, 0], limits[0] // HEAVY_SHARE
+    spread = policy.multiplexes and tokens[wanted.heavy].sum() > few and wanted.heavy.sum() > 1
+    if not spread and (wanted.sizes.sum(axis=0) <= limits).all():
+        return list(range(count))
+    order = _order(wanted) if policy.multiplexes else range(count)
+    sizes, heavy, overdue = wanted.sizes.tolist(), wanted.heavy.tolist(), (wanted.waited >= PATIENCE).tolist()
+    left, heavy_tokens = list(limits), 0
+    run: list[int] = []
+    for index in order:
+        size = sizes[index]
+        later = spread and heavy[index] and heavy_tokens and not overdue[index] and heavy_tokens + size[0] > few
+        if not later and all(a <= b for a, b in zip(size, left, strict=True)):
+            left = [b - a for a, b in zip(size, left, strict=True)]
+            heavy_tokens += size[0] if heavy[index] else 0
+            run.append(index)
+        elif not policy.skips:
+            break
+    return sorted(run)
+
+
+def _order(wanted: Wanted) -> list[int]:
+    patient = wanted.waited < PATIENCE
+    keys = (wanted.due, wanted.heavy & patient, np.where(patient, 0, -wanted.waited))
+    order: list[int] = np.lexsort(keys).tolist()  # the last key is the primary one, ties go by arrival
+    return order
+
+
+def admitted(
+    line: Sequence[Claim],
+    seated: Sequence[Claim],
+    places: int,
+    pages: int,
+    limits: Sequence[int],
+    now: float,
+    policy: Policy,
+) -> tuple[list[int], list[int]]:
+    """Who in line is given a place, and whose place among the seated is taken for that: indices of both.
+
+    line: in the order in which they are served. places, pages: free ones. now: seconds.
+    """
+    taken: list[int] = []
+    if line and policy.multiplexes:
+        taken = _preempted(line[0], seated, places, pages)
+        places, pages = places + len(taken), pages + sum(seated[index].pages for index in taken)
+    if policy.together and seated:
+        return [], []
+    left = list(limits)
+    chosen: list[int] = []
+    for index, claim in enumerate(line[:IN_SIGHT]):
+        if not places:
+            break
+        fits = claim.pages <= pages
+        if policy.together:
+            fits = fits and all(a <= b for a, b in zip(claim.sizes, left, strict=True))
+        if fits:
+            left = [b - a for a, b in zip(claim.sizes, left, strict=True)]
+            places, pages = places - 1, pages - claim.pages
+            chosen.append(index)
+        elif not policy.skips or claim.due <= now:
+            break
+    return chosen, taken
+
+
+def _preempted(first: Claim, seated: Sequence[Claim], places: int, pages: int) -> list[int]:
+    """Whose places the first in line takes: of the latest due, as few as do, all due `LATENCY` later than it."""
+    if places and first.pages <= pages:
+        return []
+    taken: list[int] = []
+    for index in sorted(range(len(seated)), key=lambda i: -seated[i].due):
+        if seated[index].due - first.due <= LATENCY:
+            return []
+        taken.append(index)
+        places, pages = places + 1, pages + seated[index].pages
+        if first.pages <= pages:
+            return taken
+    return []
+
+
+def due(now: float, priority: int, deadline: float | None) -> float:
+    """When a request that is submitted now is due: seconds on the same clock. deadline: seconds from now."""
+    return now + min(LATENCY, np.inf if deadline is None else deadline) - priority * LATENCY
+
+
+def most(request: RequestState) -> Demand:
     """What any step of a request takes at most."""
-    return _sizes(request, request.token_ids.size, request.longest_block, request.longest_span)
+    rows, sides = request.longest_block, request.sides
+    active = request.longest_span if request.cache.mode != "none" else 0
+    sizes = request.length * sides, rows, rows * (sides - 1), sides, active * sides
+    return dict(zip(SYMBOLS, sizes, strict=True))
 
 
-def _sizes(request: Request, tokens: int, rows: int, active: int) -> Demand:
-    sides = request.sides
-    return {
-        "tokens": tokens * sides,
-        "rows": rows,
-        "guided": rows * (sides - 1),
-        "segments": sides,
-        "active": active * sides,
-    }
-
-
-def require_admissible(request: Request, limits: Demand, pool: KVPool | None, where: str) -> None:
+def require_admissible(request: RequestState, limits: Demand, pool: KVPool | None, where: str) -> None:
     """Raise `RequestError`, with the numbers, for a request that no step of the program can hold, or no pool."""
     options = {
         "tokens": "max_tokens_per_step",
@@ -66,32 +209,3 @@ def require_admissible(request: Request, limits: Demand, pool: KVPool | None, wh
             f"{where}: keeps {request.most_kept} keys a head, which take {pages} pages of {pool.page_tokens}, but the "
             f"KV pool has {pool.pages}; lower CachePolicy.retention, or load or compile with a larger memory budget"
         )
-
-
-def next_step(requests: Iterable[Request], limits: Demand, pool: KVPool | None) -> list[Request]:
-    """Those of the unfinished requests, oldest first, that run together now; a Refresh of theirs has its pages."""
-    left = dict(limits)
-    chosen = []
-    short = False
-    for request in requests:
-        wanted = demand(request)
-        if any(wanted[symbol] > left[symbol] for symbol in SYMBOLS):
-            continue
-        if request.phase == "refresh" and pool is not None and not _has_pages(request, pool, more=not short):
-            short = True
-            continue
-        left |= {symbol: left[symbol] - wanted[symbol] for symbol in SYMBOLS}
-        chosen.append(request)
-    return chosen
-
-
-def _has_pages(request: Request, pool: KVPool, more: bool) -> bool:
-    """Whether a request holds the pages of its block, on either side; where there may be `more`, it is given them."""
-    owners = [(request, side) for side in range(request.sides)]
-    if all(map(pool.holds, owners)):
-        return True
-    if not more or len(owners) * pool.pages_for(request.kept) > pool.free:
-        return False
-    for owner in owners:
-        pool.hold(owner, request.kept)
-    return True

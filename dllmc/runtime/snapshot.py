@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dllmc.runtime.request import Request
+from dllmc.runtime.request import RequestState
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Snapshot:
     """Whether this step was its last."""
 
 
-def snapshot(index: int, request: Request) -> Snapshot:
+def snapshot(index: int, request: RequestState) -> Snapshot:
     """The request as it is now; it may be finished. `index`: of its prompt in the call."""
     start = request.prompt_length
     block = request.start - start, request.end - start

@@ -169,21 +169,6 @@ def test_a_policy_that_cannot_be_served_is_refused(field: str, bad: Any, expecte
 
 
 @pytest.mark.parametrize(
-    ("policy", "phases"),
-    [
-        (CachePolicy(mode="none", delay=1), "full full full full full"),
-        (CachePolicy(), "refresh reuse reuse reuse reuse"),
-        (CachePolicy(delay=2), "full full refresh reuse reuse"),
-        (CachePolicy(refresh_interval=2), "refresh reuse refresh reuse refresh"),
-        (CachePolicy(delay=1, refresh_interval=3), "full refresh reuse reuse refresh"),
-        (CachePolicy(refresh_interval=1), "refresh refresh refresh refresh refresh"),
-    ],
-)
-def test_phases_of_a_block(policy: CachePolicy, phases: str) -> None:
-    assert [policy.phase(step) for step in range(5)] == phases.split()
-
-
-@pytest.mark.parametrize(
     ("retention", "candidates", "kept"),
     [(1.0, 7, 7), (0.5, 7, 3), (0.1, 7, 1), (0.01, 7, 1), (0.3, 0, 0), (1.0, 1, 1), (0.99, 100, 99)],
 )

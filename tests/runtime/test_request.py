@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmc.errors import RequestError
-from dllmc.runtime.params import SamplingParams
-from dllmc.runtime.request import GenerationResult, Request, timestep_count, uniform_count
+from dllmc.runtime.batch import compose
+from dllmc.runtime.params import CachePolicy, SamplingParams
+from dllmc.runtime.request import GenerationResult, RequestState
+from dllmc.runtime.table import timestep_counts
 from dllmc.spec import ModelSpec
 
 MASK, END = 90, 91
@@ -21,7 +24,7 @@ SPEC = ModelSpec(vocab_size=100, mask_id=MASK, end_ids=(END,), shifted=False, ma
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def decode(request: Request, target: list[int], shuffle: random.Random | None = None) -> list[int]:
+def decode(request: RequestState, target: list[int], shuffle: random.Random | None = None) -> list[int]:
     """Run to the end, committing the target's tokens at the first candidates (shuffled: at any); return the counts."""
     counts: list[int] = []
     while not request.finished:
@@ -39,7 +42,7 @@ def run(
     params: SamplingParams, target: list[int] | None = None, infill: dict[int, int] | None = None
 ) -> tuple[GenerationResult, list[int]]:
     """Decode after a prompt of two tokens; the result, and each step's commit count."""
-    request = Request([5, 6], params, SPEC, infill or {})
+    request = RequestState([5, 6], params, SPEC, infill or {})
     counts = decode(request, target or [7] * params.gen_length)
     return request.result(), counts
 
@@ -86,7 +89,7 @@ def test_timestep_schedule_follows_dreams_float32_formula(masked: int, steps: in
     t = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
         expected = int(torch.tensor(float(masked)) * (1 - t[i + 1] / t[i])) if i < steps - 1 else masked
-        assert timestep_count(masked, i, steps) == expected
+        assert timestep_counts(np.array([masked]), np.array([i]), np.array([steps])) == [expected]
         masked -= expected
     assert masked == 0
 
@@ -95,7 +98,13 @@ def test_timestep_schedule_follows_dreams_float32_formula(masked: int, steps: in
 @settings(deadline=None, derandomize=True)
 def test_uniform_counts_sum_to_what_was_masked(masked: int, steps: int) -> None:
     """Nothing is lost or committed twice, counts differ by at most one, and larger ones come first."""
-    counts = [uniform_count(masked, i, steps) for i in range(steps)]
+    params = SamplingParams(gen_length=300, block_length=300, steps=steps)
+    request = RequestState([5], params, replace(SPEC, max_positions=400))
+    request.table.masked_at_start[0] = masked
+    counts = []
+    for step in range(steps):
+        request.table.step_in_block[0] = step
+        counts.append(request.commit_count())
     assert sum(counts) == masked
     assert max(counts) - min(counts) <= 1
     assert counts == sorted(counts, reverse=True)
@@ -106,13 +115,13 @@ def test_without_steps_and_threshold_each_step_commits_one() -> None:
 
 
 def test_without_a_threshold_the_count_alone_decides() -> None:
-    assert Request([5], SamplingParams(gen_length=6), SPEC).commit_threshold == np.inf
+    assert RequestState([5], SamplingParams(gen_length=6), SPEC).table.threshold == [np.inf]
 
 
 def test_a_threshold_request_takes_any_number_from_one_up() -> None:
     """The block ends when it is full, however many each step committed."""
-    request = Request([5], SamplingParams(gen_length=5, block_length=3, threshold=0.5), SPEC)
-    assert (request.commit_threshold, request.commit_count()) == (0.5, 1)
+    request = RequestState([5], SamplingParams(gen_length=5, block_length=3, threshold=0.5), SPEC)
+    assert (request.table.threshold[0], request.commit_count()) == (0.5, 1)
     request.commit(np.array([1, 3]), np.array([7, 8]))
     assert request.candidates().tolist() == [2]
     request.commit(np.array([2]), np.array([9]))
@@ -124,7 +133,7 @@ def test_a_threshold_request_takes_any_number_from_one_up() -> None:
 
 
 def test_counters_and_tokens_advance_with_each_commit() -> None:
-    request = Request([5, 6], SamplingParams(gen_length=4, block_length=2, steps=4), SPEC)
+    request = RequestState([5, 6], SamplingParams(gen_length=4, block_length=2, steps=4), SPEC)
     assert request.token_ids.tolist() == [5, 6, MASK, MASK, MASK, MASK]
     assert request.masked.tolist() == [False, False, True, True, True, True]
     request.commit(np.array([3]), np.array([8]))
@@ -137,7 +146,7 @@ def test_counters_and_tokens_advance_with_each_commit() -> None:
 
 @pytest.mark.parametrize("position", [1, 2, 4], ids=["prompt", "committed", "next block"])
 def test_only_candidates_can_be_committed(position: int) -> None:
-    request = Request([5, 6], SamplingParams(gen_length=4, block_length=2), SPEC)
+    request = RequestState([5, 6], SamplingParams(gen_length=4, block_length=2), SPEC)
     request.commit(np.array([2]), np.array([7]))
     with pytest.raises(ValueError, match=rf"commit at \[{position}\]: expected positions among the candidates \[3\]"):
         request.commit(np.array([position]), np.array([8]))
@@ -145,7 +154,7 @@ def test_only_candidates_can_be_committed(position: int) -> None:
 
 
 def test_a_finished_request_takes_no_commit_and_an_unfinished_one_has_no_result() -> None:
-    request = Request([5, 6], SamplingParams(gen_length=1), SPEC)
+    request = RequestState([5, 6], SamplingParams(gen_length=1), SPEC)
     with pytest.raises(ValueError, match="not finished: 1 positions are masked"):
         request.result()
     request.commit(np.array([2]), np.array([7]))
@@ -156,7 +165,7 @@ def test_a_finished_request_takes_no_commit_and_an_unfinished_one_has_no_result(
 
 def test_positions_not_values_say_what_is_masked() -> None:
     """A literal mask id in the prompt is not decoded, and a committed mask id stays."""
-    request = Request([MASK, 5], SamplingParams(gen_length=3, block_length=3), SPEC)
+    request = RequestState([MASK, 5], SamplingParams(gen_length=3, block_length=3), SPEC)
     assert request.candidates().tolist() == [2, 3, 4]
     request.commit(np.array([3]), np.array([MASK]))
     assert request.candidates().tolist() == [2, 4]
@@ -165,14 +174,15 @@ def test_positions_not_values_say_what_is_masked() -> None:
 
 
 def test_guidance_sees_the_prompt_masked_and_the_generation_region_as_it_is() -> None:
-    request = Request([5, 6], SamplingParams(gen_length=3, cfg_scale=1.0), SPEC, {2: 9})
+    request = RequestState([5, 6], SamplingParams(gen_length=3, cfg_scale=1.0), SPEC, {2: 9})
     request.commit(np.array([2]), np.array([7]))
-    assert request.unconditional_token_ids().tolist() == [MASK, MASK, 7, MASK, 9]
+    shown = compose(request.table, np.array([0]), 8, MASK).inputs["token_ids"]
+    assert shown.tolist() == [5, 6, 7, MASK, 9, *(MASK, MASK, 7, MASK, 9)]
     assert request.token_ids.tolist() == [5, 6, 7, MASK, 9]
 
 
 def test_logprobs_belong_to_the_completions_tokens() -> None:
-    request = Request([5, 6], SamplingParams(gen_length=4, block_length=2, logprobs=True), SPEC, {1: 9})
+    request = RequestState([5, 6], SamplingParams(gen_length=4, block_length=2, logprobs=True), SPEC, {1: 9})
     request.commit(np.array([2]), np.array([7]), np.array([-0.5], np.float32))
     with pytest.raises(ValueError, match="without logprobs"):
         request.commit(np.array([4]), np.array([END]))
@@ -189,7 +199,7 @@ def test_decoding_stops_at_the_end_of_the_block_and_is_cut_after_the_first_end_t
 
 
 def test_an_end_token_does_not_stop_before_its_block_is_full() -> None:
-    request = Request([5], SamplingParams(gen_length=4, block_length=4), SPEC)
+    request = RequestState([5], SamplingParams(gen_length=4, block_length=4), SPEC)
     request.commit(np.array([1]), np.array([END]))
     assert not request.finished
 
@@ -211,7 +221,7 @@ def test_which_tokens_stop(values: dict[str, Any], target: list[int], expected: 
 
 
 def test_an_end_token_in_the_prompt_does_not_stop() -> None:
-    request = Request([END, 5], SamplingParams(gen_length=2), SPEC)
+    request = RequestState([END, 5], SamplingParams(gen_length=2), SPEC)
     decode(request, [1, 2])
     assert request.result().finish_reason == "length"
 
@@ -225,12 +235,12 @@ def test_infilled_tokens_count_as_committed_and_their_blocks_take_no_step() -> N
 
 
 def test_a_leading_infilled_block_is_skipped_at_once() -> None:
-    request = Request([5], SamplingParams(gen_length=4, block_length=2), SPEC, {0: 20, 1: 21})
+    request = RequestState([5], SamplingParams(gen_length=4, block_length=2), SPEC, {0: 20, 1: 21})
     assert (request.start, request.end, request.step) == (3, 5, 0)
 
 
 def test_a_fully_infilled_request_finishes_without_a_step() -> None:
-    request = Request([5], SamplingParams(gen_length=3, block_length=2), SPEC, {2: 22, 0: 20, 1: MASK})
+    request = RequestState([5], SamplingParams(gen_length=3, block_length=2), SPEC, {2: 22, 0: 20, 1: MASK})
     result = request.result()
     assert (result.token_ids, result.forward_passes, result.finish_reason) == ([20, MASK, 22], 0, "length")
 
@@ -301,7 +311,7 @@ def test_any_request_decodes_as_defined(case: dict[str, Any]) -> None:
         ignore_eos=case["ignore_eos"],
         stop_token_ids=case["stop_token_ids"],
     )
-    request = Request([5, 6, END], params, SPEC, case["infill"])
+    request = RequestState([5, 6, END], params, SPEC, case["infill"])
     decode(request, case["target"], shuffle=case["order"])
     result = request.result()
     assert (result.token_ids, result.forward_passes, result.finish_reason) == definition(case)
@@ -326,7 +336,7 @@ def test_golden_dense_cases_take_as_many_forward_passes(case: dict[str, Any]) ->
     known = {name: value for name, value in args.items() if name != "end_ids"}
     params = SamplingParams(**known, ignore_eos=True, stop_token_ids=stops)
     spec = ModelSpec(vocab_size=512, mask_id=500, end_ids=(501,), shifted=False, max_positions=256)
-    request = Request(prompt, params, spec)
+    request = RequestState(prompt, params, spec)
     completion = case["tokens"][0][len(prompt) :]
     decode(request, completion)
     first = next((i for i, token in enumerate(completion) if token in stops), len(completion) - 1)
@@ -352,21 +362,27 @@ def test_golden_dense_cases_take_as_many_forward_passes(case: dict[str, Any]) ->
 )
 def test_bad_prompts_are_refused_with_the_numbers(prompt: Any, gen_length: int, infill: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Request(prompt, SamplingParams(gen_length=gen_length), SPEC, infill)
+        RequestState(prompt, SamplingParams(gen_length=gen_length), SPEC, infill)
+
+
+def targets(request: RequestState) -> list[int]:
+    """Tokens that the head is asked for at the candidates; -1 where none is."""
+    found: list[int] = compose(request.table, np.array([0]), 8, MASK).inputs["row_target"].tolist()
+    return found[: request.candidates().size]
 
 
 def test_a_reference_is_what_is_committed_and_what_the_head_is_asked_for() -> None:
     """Wherever the policy commits, and whatever was chosen there; infilled tokens stay as they are."""
     params = SamplingParams(gen_length=4, block_length=2, logprobs=True, ignore_eos=True)
-    request = Request([5, 6], params, SPEC, {0: 20}, reference=[10, 11, END, 13])
-    assert request.targets().tolist() == [11]
+    request = RequestState([5, 6], params, SPEC, {0: 20}, reference=[10, 11, END, 13])
+    assert targets(request) == [11]
     request.commit(np.array([3]), np.array([7]), np.array([-0.5]))
-    assert request.targets().tolist() == [END, 13]
+    assert targets(request) == [END, 13]
     request.commit(np.array([5]), np.array([7]), np.array([-1.5]))
     request.commit(np.array([4]), np.array([7]), np.array([-2.5]))
     assert request.result().token_ids == [20, 11, END, 13]
     assert request.result().logprobs == [0.0, -0.5, -2.5, -1.5]
-    assert Request([5], params, SPEC).targets().tolist() == [-1, -1]
+    assert targets(RequestState([5], params, SPEC)) == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -378,13 +394,33 @@ def test_a_reference_is_what_is_committed_and_what_the_head_is_asked_for() -> No
 )
 def test_bad_references_are_refused_with_the_numbers(reference: list[int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Request([5], SamplingParams(gen_length=4), SPEC, reference=reference)
+        RequestState([5], SamplingParams(gen_length=4), SPEC, reference=reference)
 
 
 def test_params_are_checked_against_the_model() -> None:
     with pytest.raises(RequestError, match=r"SamplingParams.defer_tokens\[0\] is 100; .* \[0, 100\)"):
-        Request([5], SamplingParams(gen_length=4, defer_tokens=[100]), SPEC)
+        RequestState([5], SamplingParams(gen_length=4, defer_tokens=[100]), SPEC)
 
 
 def test_the_longest_request_fits_exactly() -> None:
-    assert Request([99] * 60, SamplingParams(gen_length=4), SPEC).token_ids.size == 64
+    assert RequestState([99] * 60, SamplingParams(gen_length=4), SPEC).token_ids.size == 64
+
+
+@pytest.mark.parametrize(
+    ("policy", "phases"),
+    [
+        (CachePolicy(mode="none", delay=1), "full full full full full"),
+        (CachePolicy(), "refresh reuse reuse reuse reuse"),
+        (CachePolicy(delay=2), "full full refresh reuse reuse"),
+        (CachePolicy(refresh_interval=2), "refresh reuse refresh reuse refresh"),
+        (CachePolicy(delay=1, refresh_interval=3), "full refresh reuse reuse refresh"),
+        (CachePolicy(refresh_interval=1), "refresh refresh refresh refresh refresh"),
+    ],
+)
+def test_phases_of_a_block(policy: CachePolicy, phases: str) -> None:
+    request = RequestState([5], SamplingParams(gen_length=5, block_length=5), SPEC, cache=policy)
+    found = []
+    for _ in range(5):
+        found.append(request.phase)
+        request.commit(request.candidates()[:1], np.array([7]))
+    assert found == phases.split()
