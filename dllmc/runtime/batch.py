@@ -49,7 +49,7 @@ class Batch:
         token, confidence, logprob = token[:real], confidence[:real], logprob[:real]
         deferred = deferred_choices(self.segment, token, deferring)
         counts, thresholds = table.commit_counts(rows), table.threshold[rows]
-        chosen = select_commits(self.segment, self.position, confidence, deferred, counts, thresholds)
+        chosen = select_commits(self.segment, confidence, deferred, counts, thresholds)
         table.lost[self.rows] = False  # what was replayed has its cache again
         return table.commit(rows, self.segment[chosen], self.position[chosen], token[chosen], logprob[chosen])
 

@@ -22,7 +22,7 @@ CONFIDENCES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, -0.5, -3.0, math.nan, 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[Row], list[int], list[float]]:
-    """Segments of 0 to 6 rows, interleaved at random, with few distinct confidences so that ties are common."""
+    """Segments of 0 to 6 rows by ascending position, interleaved; few distinct confidences, so that ties are common."""
     segments = draw(st.integers(1, 5))
     rows = []
     for segment in range(segments):
@@ -30,7 +30,8 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], list[int], list[float]]:
             rows.append(Row(segment, position, draw(CONFIDENCES), draw(st.booleans())))
     counts = draw(st.lists(st.integers(0, 7), min_size=segments, max_size=segments))
     thresholds = st.sampled_from([math.inf, 0.5, 1.0, -0.5])
-    return draw(st.permutations(rows)), counts, draw(st.lists(thresholds, min_size=segments, max_size=segments))
+    mixed = sorted(draw(st.permutations(rows)), key=lambda row: row.position)
+    return mixed, counts, draw(st.lists(thresholds, min_size=segments, max_size=segments))
 
 
 def one_request(rows: list[Row], count: int, threshold: float) -> set[Row]:
@@ -53,7 +54,6 @@ def one_request(rows: list[Row], count: int, threshold: float) -> set[Row]:
 def select(rows: list[Row], counts: list[int], thresholds: list[float]) -> list[bool]:
     chosen = select_commits(
         np.array([row.segment for row in rows], np.int64),
-        np.array([row.position for row in rows], np.int64),
         np.array([row.confidence for row in rows], np.float32),
         np.array([row.deferred for row in rows], np.bool_),
         np.array(counts, np.int64),
@@ -76,9 +76,15 @@ def test_a_batch_commits_what_each_request_commits_alone(batch: tuple[list[Row],
     assert select(rows, counts, thresholds) == [(row.segment, row.position) in places for row in rows]
 
 
-def test_ties_commit_the_lowest_position_whatever_the_row_order() -> None:
-    rows = [Row(0, 9, 0.5, False), Row(0, 3, 0.5, False), Row(0, 6, 0.5, False)]
-    assert select(rows, [2], [math.inf]) == [False, True, True]
+def test_ties_commit_the_lowest_positions() -> None:
+    rows = [Row(0, 3, 0.5, False), Row(0, 6, 0.5, False), Row(0, 9, 0.5, False)]
+    assert select(rows, [2], [math.inf]) == [True, True, False]
+
+
+def test_zeros_of_either_sign_tie() -> None:
+    for values in ((0.0, -0.0, 0.0), (-0.0, 0.0, -0.0)):
+        rows = [Row(0, position, value, False) for position, value in enumerate(values)]
+        assert select(rows, [2], [math.inf]) == [True, True, False]
 
 
 def test_a_threshold_commits_the_best_when_none_reaches_it() -> None:

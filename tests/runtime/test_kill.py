@@ -1,0 +1,57 @@
+"""A process that is killed leaves nothing behind that stops the next one."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dllmc
+
+SERVE = """
+import sys
+import dllmc
+
+with dllmc.load(sys.argv[1]) as engine:
+    print("loaded", flush=True)
+    while True:
+        engine.generate(["add:1+2="] * 4, dllmc.SamplingParams(gen_length=6), dllmc.CachePolicy())
+"""
+COMPILE = "import sys, dllmc; print('started', flush=True); dllmc.compile(sys.argv[1], sys.argv[2])"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llada"
+
+
+def killed_after(code: str, *arguments: Path, seconds: float) -> None:
+    """Run a program, and kill it so long after it has printed a line."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        time.sleep(seconds)
+        process.kill()
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_while_it_decodes(tiny_llada: Path, seconds: float) -> None:
+    before = listing(tiny_llada)
+    killed_after(SERVE, tiny_llada, seconds=seconds)
+    assert listing(tiny_llada) == before
+    [result] = dllmc.load(tiny_llada).generate("add:1+2=", dllmc.SamplingParams(gen_length=6))
+    assert result.text == "3"
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_while_it_compiles(tmp_path: Path, seconds: float) -> None:
+    """Over an artifact that is there: either the old one is whole, or the new one."""
+    out = tmp_path / "out.dllmc"
+    dllmc.compile(EXAMPLE, out)
+    killed_after(COMPILE, EXAMPLE, out, seconds=seconds)
+    [before] = dllmc.load(out).generate("add:1+2=", dllmc.SamplingParams(gen_length=6))
+    dllmc.compile(EXAMPLE, out)
+    [after] = dllmc.load(out).generate("add:1+2=", dllmc.SamplingParams(gen_length=6))
+    assert before.text == after.text == "3"
