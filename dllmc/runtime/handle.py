@@ -101,10 +101,12 @@ class Progress:
         self._shown[: self._state.prompt_length] = True
         self._shown[self._state.fixed] = True
         self._text = ""
+        self._decoded = self._state.prompt_length  # up to which position
 
     def has_more(self) -> bool:
         """Whether there is an update, or never will be."""
-        return self._request.done or bool((~self._state.masked & ~self._shown).any())
+        with self._request.engine.lock:
+            return self._request.done or bool((~self._state.masked & ~self._shown).any())
 
     def update(self) -> Update:
         """What is new. Raises what the request ended with, if that is no result."""
@@ -126,8 +128,12 @@ class Progress:
 
     def _new_text(self) -> str:
         """What no later block changes: not half a character, nor what may become a stop string."""
+        finished, start = self._state.finished, self._state.start
+        if not finished and start == self._decoded:
+            return ""
+        self._decoded = start
         text = self._state.text() or ""
-        if not self._state.finished:
+        if not finished:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")
             stops = self._state.params.stop
             text = text[: len(text) - max((_overlap(text, stop) for stop in stops), default=0)]
