@@ -9,7 +9,6 @@ Who runs when is decided by the engine's own code (`dllmc.runtime.roster`); a st
 """
 
 import copy
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -176,10 +175,20 @@ def under_load(setting: Setting, workload: str, requests: int, load: float, rate
     }
 
 
-def simulated(setting: Setting, workload: str, requests: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records of a device and a workload: of saturation for each policy, and of each load but for static batches.
+def alone(setting: Setting, workload: str, requests: int) -> dict[str, Any]:
+    """The record of requests that come so seldom that each has the device to itself: what no policy can be below."""
+    outcome = run(setting, workload, requests, 1e-6, LOADED.seeds[0], "multiplexed")
+    quantiles = {f"p{share}_s": float(np.quantile(outcome.latencies, share / 100)) for share in (50, 99)}
+    return {"device": setting.device, "workload": workload, **quantiles}
 
-    Those serve less than most of these loads bring: their line would grow as long as the trace.
+
+Records = list[dict[str, Any]]
+
+
+def simulated(setting: Setting, workload: str, requests: int) -> tuple[Records, Records, Records]:
+    """Records of a device and a workload: of saturation for each policy, of each load but for static batches, alone.
+
+    Static batches serve less than most of these loads bring: their line would grow as long as the trace.
     """
     saturated = {policy: saturation(setting, workload, requests, policy) for policy in POLICIES}
     rate = saturated["fcfs"]["requests_per_s"]
@@ -189,19 +198,20 @@ def simulated(setting: Setting, workload: str, requests: int) -> tuple[list[dict
         for policy in POLICIES
         if policy != "static"
     ]
-    return list(saturated.values()), loaded
+    return list(saturated.values()), loaded, [alone(setting, workload, requests)]
 
 
-def ratios(saturated: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each device and workload: saturation over static batches, and what FCFS's p99 is of this one's, by load."""
+def ratios(saturated: Records, loaded: Records, lone: Records) -> Records:
+    """For each device and workload: saturation over static batches, and what FCFS's p99 is of this one's, by load.
+
+    And what it could be of any policy's at most: of requests that run alone.
+    """
     found = []
     for device, workload in dict.fromkeys((r["device"], r["workload"]) for r in saturated):
-        rates = {
-            r["policy"]: r["requests_per_s"] for r in saturated if (r["device"], r["workload"]) == (device, workload)
-        }
-        p99 = {
-            (r["policy"], r["load"]): r["p99_s"] for r in loaded if (r["device"], r["workload"]) == (device, workload)
-        }
+        case = {"device": device, "workload": workload}.items()
+        rates = {r["policy"]: r["requests_per_s"] for r in saturated if case <= r.items()}
+        p99 = {(r["policy"], r["load"]): r["p99_s"] for r in loaded if case <= r.items()}
+        [least] = [r["p99_s"] for r in lone if case <= r.items()]
         found.append(
             {
                 "device": device,
@@ -211,12 +221,13 @@ def ratios(saturated: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> lis
                 "fcfs_p99_of_multiplexed": {
                     str(load): p99["fcfs", load] / p99["multiplexed", load] for load in LOADED.loads
                 },
+                "fcfs_p99_of_alone": {str(load): p99["fcfs", load] / least for load in LOADED.loads},
             }
         )
     return found
 
 
-def draw(loaded: list[dict[str, Any]], file: Path) -> None:
+def draw(loaded: Records, file: Path) -> None:
     """Latency over load: a row a device, a column a workload; p99 solid, median dashed, a colour a policy."""
     import matplotlib
 
@@ -225,17 +236,22 @@ def draw(loaded: list[dict[str, Any]], file: Path) -> None:
 
     devices, names = (list(dict.fromkeys(r[key] for r in loaded)) for key in ("device", "workload"))
     figure, grid = plt.subplots(
-        len(devices), len(names), figsize=(2.6 * len(names), 2.1 * len(devices)), sharex=True, squeeze=False
+        len(devices),
+        len(names),
+        figsize=(max(6, 2.6 * len(names)), 2.1 * len(devices) + 0.4),
+        sharex=True,
+        squeeze=False,
     )
     for (row, device), (column, name) in product(enumerate(devices), enumerate(names)):
         axes = grid[row, column]
-        for policy, colour in (("fcfs", "#d55e00"), ("multiplexed", "#0072b2")):
-            shown = [r for r in loaded if (r["device"], r["workload"], r["policy"]) == (device, name, policy)]
-            loads = [r["load"] for r in shown]
-            axes.plot(loads, [r["p99_s"] for r in shown], color=colour, marker="o", ms=3, label=f"{policy}, p99")
-            axes.plot(
-                loads, [r["p50_s"] for r in shown], color=colour, marker="o", ms=3, ls="--", label=f"{policy}, median"
-            )
+        # Where both are the same, fcfs is the rim of the line.
+        for policy, colour, width in (("fcfs", "#f0a868", 5), ("multiplexed", "#0072b2", 1.5)):
+            case = {"device": device, "workload": name, "policy": policy}.items()
+            shown = [r for r in loaded if case <= r.items()]
+            look = {"color": colour, "lw": width, "marker": "o", "ms": width + 2}
+            for key, what, style in (("p99_s", "p99", "-"), ("p50_s", "median", "--")):
+                values = [r["load"] for r in shown], [r[key] for r in shown]
+                axes.plot(*values, ls=style, label=f"{policy}, {what}", **look)
         axes.set_ylim(bottom=0)
         axes.set_xticks(LOADED.loads)
         axes.grid(alpha=0.3)
@@ -280,13 +296,14 @@ def main(
         return
     settings = [Setting(device, tokens, places, retention) for device in devices or LOADED.devices]
     tasks = [(setting, name, requests) for setting in settings for name in names or LOADED.mixes]
-    saturated, loaded = [], []
+    found: tuple[Records, Records, Records] = ([], [], [])
     with ProcessPoolExecutor(processes) as pool:
-        for task, (first, second) in zip(tasks, pool.map(simulated, *zip(*tasks, strict=True)), strict=True):
+        for task, records in zip(tasks, pool.map(simulated, *zip(*tasks, strict=True)), strict=True):
             click.echo(f"{task[0].device}, {task[1]}", err=True)
-            saturated += first
-            loaded += second
-    print_tables(saturated, loaded)
+            for every, new in zip(found, records, strict=True):
+                every.extend(new)
+    saturated, loaded, lone = found
+    print_tables(saturated, loaded, lone)
     out = out or report.RESULTS / "simulate.json"
     shared = {key: value for key, value in asdict(settings[0]).items() if key != "device"}
     report.write_json(
@@ -294,29 +311,28 @@ def main(
         {
             "benchmark": "simulate",
             "setting": {"model": LOADED.model["name"], "requests": requests, "seeds": LOADED.seeds, **shared},
-            "ratios": ratios(saturated, loaded),
+            "ratios": ratios(saturated, loaded, lone),
             "saturation": saturated,
             "loads": loaded,
+            "alone": lone,
         },
     )
     draw(loaded, out.with_suffix(".png"))
 
 
-def print_tables(saturated: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:
-    """Both tables."""
+def print_tables(saturated: Records, loaded: Records, lone: Records) -> None:
+    """All tables."""
     digits = {"load": "g", "tokens_per_s": ".0f", "requests_per_s": ".3f", "preemptions": "d", "steps": "d"}
 
-    def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-        return [
-            {
-                key: value if isinstance(value, str) else format(value, digits.get(key, ".2f"))
-                for key, value in r.items()
-            }
-            for r in records
-        ]
+    def cell(key: str, value: Any) -> str:
+        return value if isinstance(value, str) else format(value, digits.get(key, ".2f"))
+
+    def shown(records: Records) -> list[dict[str, str]]:
+        return [{key: cell(key, value) for key, value in record.items()} for record in records]
 
     report.print_table("Requests that all come at once", shown(saturated))
     report.print_table("Latency under load (fractions of what fcfs serves at once)", shown(loaded))
+    report.print_table("Latency of requests that have the device to themselves", shown(lone))
 
 
 if __name__ == "__main__":
