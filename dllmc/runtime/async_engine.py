@@ -15,7 +15,7 @@ from dllmc.runtime.request import GenerationResult
 class AsyncEngine:
     """An engine whose steps run in a thread while there are requests. Used in one event loop, as `async with`.
 
-    Requests that are not done when it is closed end with `CancelledError`; the step that runs then is the last.
+    Leaving it closes the engine too: requests that are not done end with `CancelledError`, and no step runs any more.
     """
 
     def __init__(self, engine: Engine) -> None:
