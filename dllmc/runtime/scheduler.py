@@ -1,10 +1,10 @@
 """Who runs together in a step, and who has a place: pure functions of what requests want and what is free.
 
 A step is heavy for a request (Full and Refresh compute all of its tokens) or light (Reuse computes its block). The
-policy "multiplexed" takes the light ones first and as many heavy ones as leave a step short, so that these are spread
-over steps; what does not fit lets those behind it go on. Nobody starves. Within a step: who has waited for `PATIENCE`
-steps goes first, so that of n requests with a place each runs at least once in any `PATIENCE + n` steps. For a place:
-they are given in order of when requests are due, and who is due passes over nobody; `LATENCY` says when that is.
+policy "multiplexed" takes the light ones first, and of the heavy ones so few that a step stays short and they are
+spread over steps; what does not fit lets those behind it go on. Nobody starves. With a place: who has waited for
+`PATIENCE` steps goes first, so that of n requests each runs at least once in any `PATIENCE + n` steps. In line: places
+are given in the order in which requests are due, and nobody passes one that is due; `LATENCY` says when that is.
 """
 
 from collections.abc import Mapping, Sequence
