@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,6 +149,31 @@ def planned() -> list[str]:
     ]
 
 
+def simulated() -> list[str]:
+    """A row for each device and workload in the results of benchmarks/simulate.py: saturation, and load 0.9."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "simulate.json").read_text())
+
+    def one(records: str, case: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]:
+        found: dict[str, Any]
+        [found] = [r for r in document[records] if (case | {"policy": policy} | more).items() <= r.items()]
+        return found
+
+    rows = []
+    for ratio in document["ratios"]:
+        case = {key: ratio[key] for key in ("device", "workload")}
+        rates = [one("saturation", case, policy)["requests_per_s"] for policy in ("multiplexed", "fcfs", "static")]
+        loaded = [one("loads", case, policy, load=0.9) for policy in ("multiplexed", "fcfs")]
+        loaded += [r for r in document["alone"] if case.items() <= r.items()]
+        cells = (
+            *case.values(),
+            *(f"{rate:.2f}" for rate in rates),
+            f"{ratio['saturation_of_static']:.2f}x",
+            *(f"{r['p50_s']:.1f} s, {r['p99_s']:.1f} s" for r in loaded),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def test_figures_are_the_benchmarks() -> None:
     """The tables have the rows that the results have, and no others."""
     assert table("First figures") == figures()
@@ -156,3 +182,4 @@ def test_figures_are_the_benchmarks() -> None:
     assert table("How long a sequence fits") == contexts()
     assert table("How good the plans are") == planned()
     assert table("Bundled checkpoints") == checkpoints()
+    assert table("Many requests") == simulated()
