@@ -1,10 +1,11 @@
 """Who runs together in a step, and who has a place: pure functions of what requests want and what is free.
 
 A step is heavy for a request (Full and Refresh compute all of its tokens) or light (Reuse computes its block). The
-policy "multiplexed" takes the light ones first, and of the heavy ones so few that a step stays short and they are
-spread over steps; what does not fit lets those behind it go on. Nobody starves. With a place: who has waited for
-`PATIENCE` steps goes first, so that of n requests each runs at least once in any `PATIENCE + n` steps. In line: places
-are given in the order in which requests are due, and nobody passes one that is due; `LATENCY` says when that is.
+policy "multiplexed" takes the light ones first, and of the heavy ones beside them so few that the step stays short:
+they are spread over steps. What does not fit lets those behind it go on. Nobody starves. With a place: who has waited
+for `PATIENCE` steps goes first, so that of n requests each runs at least once in any `PATIENCE + n` steps. In line:
+places are given in the order in which requests are due, and nobody passes one that is due; `LATENCY` says when that
+is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ IN_SIGHT = 64
 """Requests in line that are looked at for one that fits."""
 
 HEAVY_SHARE = 4
-"""Heavy requests beyond the first share this part of a step's tokens, 1 / HEAVY_SHARE."""
+"""Beside light ones, heavy requests beyond the first share this part of a step's tokens, 1 / HEAVY_SHARE."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def choose(wanted: Wanted, limits: Sequence[int], policy: Policy) -> list[int]:
     """Compose a step: which requests run, ascending; at least one if there is any. limits: of each symbol."""
     count = len(wanted.sizes)
     tokens, few = wanted.sizes[:, 0], limits[0] // HEAVY_SHARE
-    spread = policy.multiplexes and tokens[wanted.heavy].sum() > few and wanted.heavy.sum() > 1
+    spread = policy.multiplexes and not wanted.heavy.all() and tokens[wanted.heavy].sum() > few
     if not spread and (wanted.sizes.sum(axis=0) <= limits).all():
         return list(range(count))
     order = _order(wanted) if policy.multiplexes else range(count)
