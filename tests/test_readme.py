@@ -174,6 +174,24 @@ def simulated() -> list[str]:
     return rows
 
 
+def policies() -> list[str]:
+    """A row for each policy in the results of benchmarks/cache_quality.py: differences to dense decoding."""
+    tasks = json.loads((ROOT / "benchmarks" / "results" / "cache_quality.json").read_text())["tasks"]
+    rows = []
+    for each in zip(*(tasks[name]["results"] for name in ("code", "sudoku", "add")), strict=True):
+        code, *answers = each
+        name = "dense" if code["selection"] == "dense" else f"{code['selection']}, {code['retention']:g}"
+        low, high = code["difference_interval"]
+        cells = (
+            name,
+            f"{code['score']:.3f}",
+            "" if name == "dense" else f"{code['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
+            *(f"{r['score']:.1%}" for r in answers),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def test_figures_are_the_benchmarks() -> None:
     """The tables have the rows that the results have, and no others."""
     assert table("First figures") == figures()
@@ -183,3 +201,4 @@ def test_figures_are_the_benchmarks() -> None:
     assert table("How good the plans are") == planned()
     assert table("Bundled checkpoints") == checkpoints()
     assert table("Many requests") == simulated()
+    assert table("What caching costs") == policies()

@@ -36,7 +36,7 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_while_it_decodes(tiny_llada: Path, seconds: float) -> None:
     before = listing(tiny_llada)
     killed_after(SERVE, tiny_llada, seconds=seconds)
@@ -45,7 +45,7 @@ def test_while_it_decodes(tiny_llada: Path, seconds: float) -> None:
     assert result.text == "3"
 
 
-@pytest.mark.parametrize("seconds", [1.0, 3.0])
+@pytest.mark.parametrize("seconds", [2.0, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.5, 1.0, 4.0))])
 def test_while_it_compiles(tmp_path: Path, seconds: float) -> None:
     """Over an artifact that is there: either the old one is whole, or the new one."""
     out = tmp_path / "out.dllmc"

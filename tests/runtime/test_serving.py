@@ -116,7 +116,7 @@ def test_stop_strings_end_decoding_with_their_block(tiny_llada: Path) -> None:
     asked = {"gen_length": 24, "block_length": 4, "ignore_eos": True}
     [free] = engine.generate(SUDOKU, dllmc.SamplingParams(**asked))  # type: ignore[arg-type]
     assert free.text is not None
-    for begin, length in itertools.product(range(1, 14), (1, 3, 5)):
+    for begin, length in itertools.product((1, 4, 6, 9, 13), (1, 3, 5)):
         stop = free.text[begin : begin + length]
         at = free.text.index(stop)
         asked_too = dllmc.SamplingParams(**asked, stop=["never", stop])  # type: ignore[arg-type]
