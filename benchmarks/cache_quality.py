@@ -75,7 +75,7 @@ def print_records(task: str, count: int, records: Sequence[dict[str, Any]]) -> N
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS / "cache_quality.json")
 def main(code: int, answers: int, seed: int, out: Path) -> None:
-    """Measure the policies; the defaults take about an hour and a half on 2 cores."""
+    """Measure the policies; the defaults take about two hours on 2 cores."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for task, count in (("sudoku", answers), ("add", answers), ("code", code)):
