@@ -5,18 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from platform import python_version
 
 import torch
 from torch import nn
 
 from dllmc import artifact
-from dllmc.artifact import Artifact
+from dllmc.artifact import Artifact, Links
 from dllmc.capture import capture
 from dllmc.errors import ConfigError, PassError
 from dllmc.ir.program import PAGES
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.trace import Trace
 from dllmc.models import checkpoint
+from dllmc.models.shards import stored_tensors
 from dllmc.passes import pipeline
 from dllmc.passes.base import Observer, Pass, Values
 from dllmc.passes.chunk_activations import ChunkActivations
@@ -32,6 +34,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 VERIFY = ("none", "numeric")
 MAX_TOKENS_PER_STEP = 4096
 MAX_LOGIT_ROWS = 1024
+TOOLCHAIN = ("dllmc", "torch", "safetensors")
 # The input that is as long as each size of a step.
 _SIZED_BY = {
     "tokens": "token_ids",
@@ -58,6 +61,8 @@ class CompileOptions:
     passes: pipeline text, see `dllmc.passes.pipeline`, or the passes themselves.
     verify: "numeric" runs the graph before and after each pass on random inputs, and the program at the end, and
         raises `PassError` where they disagree; for it a step must take its weights into memory.
+    link_weights: the artifact refers to the checkpoint's safetensors, by the way from one to the other and their hash,
+        instead of copying them; both must then stay where they are to each other.
     """
 
     max_tokens_per_step: int | None = None
@@ -67,6 +72,7 @@ class CompileOptions:
     dtype: str = "float32"
     passes: str | tuple[Pass, ...] = pipeline.DEFAULT_PIPELINE
     verify: str = "none"
+    link_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens_per_step", 2), ("max_requests", 1), ("max_logit_rows", 1)):
@@ -135,8 +141,9 @@ def compile(
         tokenizer_files=tokenizer_files,
         options=asdict(options) | {"passes": pipeline.text_of(options.pipeline)},
         passes=[{"pass": entry.text, "modified": entry.modified, **entry.stats} for entry in trace.passes],
-        versions={"dllmc": version("dllmc"), "torch": torch.__version__},
+        versions={"python": python_version(), **{name: version(name) for name in TOOLCHAIN}},
         trace=trace,
+        links=_links(source, step) if options.link_weights else None,
     )
 
 
@@ -155,6 +162,16 @@ def rewrite(
     recorder = Recorder(step, check)
     pipeline.run(step, options.pipeline, *([check] if check is not None else []), recorder, *observers)
     return step, recorder.trace
+
+
+def _links(source: str | Path | nn.Module, step: StepGraph) -> Links:
+    """What of a step's weights lies in the checkpoint as it is, or can be joined of what does."""
+    if isinstance(source, nn.Module):
+        raise ConfigError("link_weights: expected a checkpoint folder to link to, found a module; leave it out")
+    stored = stored_tensors(checkpoint.resolve(source))
+    files = {name: tensor.path for name, tensor in stored.items() if tensor.value.dim()}
+    recipes = {name: step.tensors.sources(name) for name in step.tensors.names()}
+    return Links(files, {name: parts for name, parts in recipes.items() if files.keys() >= set(parts)})
 
 
 class _Stages(Observer):

@@ -72,11 +72,11 @@ def test_a_manifest_that_is_no_manifest_is_refused(folder: Path, content: bytes,
     refuse(folder, rf"manifest\.json: {message}")
 
 
-@pytest.mark.parametrize("schema", [0, 2, 10**6])
+@pytest.mark.parametrize("schema", [0, 1, 10**6])
 def test_another_schema_is_refused_with_what_to_do(folder: Path, schema: int) -> None:
     """Before the other fields are looked at: another version may have others."""
     write_manifest(folder, {"schema": schema, "novelty": []})
-    refuse(folder, rf"manifest\.json: schema {schema}, but this version of dllmc reads 1; compile the model again")
+    refuse(folder, rf"manifest\.json: schema {schema}, but this version of dllmc reads 2; compile the model again")
 
 
 @pytest.mark.parametrize("schema", [True, "1", 1.0, None])
@@ -211,7 +211,7 @@ def test_an_operator_that_is_not_on_the_allow_list_is_refused(folder: Path, op: 
     [
         (lambda d: d.update(author="x"), "expected the fields arena_bytes, "),
         (lambda d: d["instructions"][0].update(op=3), r"instructions\[0\]\.op: expected text, found 3"),
-        (lambda d: d["instructions"][0]["inputs"].append(float("nan")), "expected a finite number, found nan"),
+        (lambda d: d["instructions"][0]["inputs"].append(float("nan")), "not readable as JSON: NaN is no number"),
         (lambda d: d["maxima"].update(rows=0), "maxima.rows: expected 1 or more, found 0"),
         (lambda d: d.update(arena_bytes=0), r"buffer '%\w' at \[\d+, \d+\) ends behind the arena's 0 bytes"),
         (lambda d: d.update(arena_bytes=None), "has no memory plan"),

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dllmc.cli import compiling, evaluating, prompts, report, terminal
+from dllmc.cli import checking, compiling, evaluating, prompts, report, terminal
 from dllmc.cli.group import Group, option
-from dllmc.cli.options import artifact_argument, cache_options, json_option, sampling_options, token_ids
+from dllmc.cli.options import (
+    artifact_argument,
+    cache_options,
+    json_option,
+    no_hash_option,
+    sampling_options,
+    token_ids,
+)
 from dllmc.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,7 +43,13 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (compiling.compile_command, compiling.inspect, compiling.passes, evaluating.eval_command):
+for command in (
+    compiling.compile_command,
+    compiling.inspect,
+    compiling.passes,
+    checking.verify,
+    evaluating.eval_command,
+):
     main.add_command(command)
 
 
@@ -68,6 +81,7 @@ for command in (compiling.compile_command, compiling.inspect, compiling.passes, 
 @option("Prompts", "--chat", is_flag=True, help="Each prompt is a user's message; apply the model's chat template.")
 @sampling_options
 @cache_options
+@no_hash_option
 @option(
     "Output",
     "--watch",
@@ -100,6 +114,7 @@ def generate(
     ids: tuple[tuple[int, ...], ...],
     file: str | None,
     chat: bool,
+    no_hash: bool,
     watch: bool,
     stats: bool,
     as_json: bool,
@@ -119,7 +134,7 @@ def generate(
     params, policy = dllmc.SamplingParams(**sampling, logprobs=watch), dllmc.CachePolicy(**cache)
     with prompts.replacing(out) if out is not None else nullcontext() as stream:
         with terminal.progress(f"load {artifact}"):
-            engine = dllmc.load(artifact)
+            engine = dllmc.load(artifact, hash_weights=not no_hash)
         results = _decode(engine, given, chat, params, policy, watch, stats)
         records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
         if stream is not None:

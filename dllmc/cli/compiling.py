@@ -14,6 +14,7 @@ from dllmc.cli.options import (
     ByteSize,
     api_option,
     artifact_argument,
+    diff_option,
     html_option,
     json_option,
     memory_option,
@@ -21,6 +22,7 @@ from dllmc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from dllmc.artifact import Artifact
     from dllmc.compiler import CompileOptions
     from dllmc.ir.trace import Trace
     from dllmc.passes.base import Observer
@@ -61,6 +63,12 @@ _STAGES = "Watching the compiler"
     "as fit.",
 )
 @api_option("Compilation", "dtype", str, "Of weights and activations")
+@option(
+    "Compilation",
+    "--link-weights",
+    is_flag=True,
+    help="Refer to MODEL's own safetensors instead of copying them; the way from OUT to them must stay the same.",
+)
 @option("Compilation", "--passes", metavar="PIPELINE", help="Passes to run instead of those that `passes` lists.")
 @option(
     "Compilation",
@@ -137,6 +145,7 @@ def compile_command(
     "  dllmc inspect sudoku.dllmc --html sudoku.html\n"
     "  dllmc inspect sudoku.dllmc --memory memory.html\n"
     "  dllmc inspect sudoku.dllmc --graph --after pack-tokens\n"
+    "  dllmc inspect --diff older.dllmc newer.dllmc\n"
     "  dllmc inspect sudoku.dllmc --json | jq .memory_bytes",
 )
 @artifact_argument
@@ -146,13 +155,15 @@ def compile_command(
 @option("Output", "--program", "show_program", is_flag=True, help="Add all instructions and the buffers' offsets.")
 @html_option("Write a page instead that shows the graph pass by pass; it needs no network. An older file is replaced.")
 @memory_option
+@diff_option
 @json_option(
     "Print one JSON object: `artifact` (path), `schema`, `versions`, `model`, `options`, `programs` (each `name`, "
     "`instructions`, `buffers`, `maxima`, `arena_bytes`, `lower_bound_bytes`, and with --program the `program` as it "
     "is stored), `passes` (each `pass`, `modified` and its counts), `trace` (null where the artifact has none; of each "
     "pass `pass`, `error` (null unless verified), `notes`, `calls_before`, `calls_after`, `written_bytes`), "
     "`memory_bytes` (`weights`, `arena`, `kv_pool`, `state`, `total`), and with --graph `graph`, a list of calls, each "
-    "`name`, `operator`, `arguments`, `type`, `size_bytes`, `is_view`, `layer`, `source`."
+    "`name`, `operator`, `arguments`, `type`, `size_bytes`, `is_view`, `layer`, `source`. "
+    "With --diff: `old`, `new` (paths), `changes` (each `what`, `old`, `new`)."
 )
 def inspect(
     artifact: Path,
@@ -162,6 +173,7 @@ def inspect(
     show_program: bool,
     html: Path | None,
     memory: Path | None,
+    diff: Path | None,
     as_json: bool,
 ) -> None:
     """Show the model, programs, passes and memory of an ARTIFACT, and what each pass did."""
@@ -171,6 +183,9 @@ def inspect(
     from dllmc.ir.printer import text_of
 
     opened = read(artifact)
+    if diff is not None:
+        _compare(read(diff), opened, show_program, as_json)
+        return
     graph = report.traced(opened).after(after) if show_graph or after is not None else None
     if html is not None:
         with prompts.replacing(html) as stream:
@@ -213,6 +228,19 @@ def passes(name: str | None, as_json: bool) -> None:
         report.echo(line for p in found for line in pass_help.lines(p))
     else:
         report.echo(pass_help.full_lines(found[0]))
+
+
+def _compare(old: "Artifact", new: "Artifact", with_programs: bool, as_json: bool) -> None:
+    from dllmc.cli import differences
+
+    found = differences.changes(old, new)
+    if as_json:
+        changes = [vars(change) for change in found]
+        click.echo(prompts.json_line({"old": str(old.path), "new": str(new.path), "changes": changes}))
+        return
+    report.echo(differences.lines(found))
+    if with_programs:
+        report.echo(differences.program_lines(old, new))
 
 
 def _stopped(folder: Path, options: "CompileOptions", last: str, observers: "list[Observer]") -> "Trace":

@@ -223,14 +223,32 @@ def _with_cache_options(command: Any, listed: Collection[str] = ()) -> Any:
 
 def artifact_argument(command: F) -> F:
     """ARTIFACT, which must be one: refused at once, before torch is loaded."""
+    return click.argument("artifact", type=click.Path(path_type=Path), callback=_an_artifact)(command)
 
-    def check(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
-        if not (path / "manifest.json").is_file():
-            problem = "no artifact, for it has no manifest.json" if path.exists() else "no such directory"
-            raise click.ClickException(f"{path}: {problem}; give a directory that `dllmc compile` wrote")
-        return path
 
-    return click.argument("artifact", type=click.Path(path_type=Path), callback=check)(command)
+def _an_artifact(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not (path / "manifest.json").is_file():
+        problem = "no artifact, for it has no manifest.json" if path.exists() else "no such directory"
+        raise click.ClickException(f"{path}: {problem}; give a directory that `dllmc compile` wrote")
+    return path
+
+
+diff_option: Callable[[F], F] = option(
+    "Output",
+    "--diff",
+    type=click.Path(path_type=Path),
+    metavar="OLDER",
+    callback=_an_artifact,
+    help="Print what differs from another artifact instead: versions, model, options, passes, programs, memory, "
+    "weights; with --program also a diff of all instructions.",
+)
+no_hash_option: Callable[[F], F] = option(
+    "Trust",
+    "--no-hash",
+    is_flag=True,
+    help="Take the weights' bytes as they are instead of hashing them, which takes seconds for each 10 GB. All else "
+    "is checked.",
+)
 
 
 def out_argument(command: F) -> F:

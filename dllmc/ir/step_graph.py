@@ -62,6 +62,16 @@ class Tensors(dict[str, torch.Tensor]):
         """Name the concatenation of tensors along their first axis."""
         self._parts[name] = tuple(parts)
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The tensors whose concatenation that one is: itself, if it was not joined."""
+        if name not in self._parts:
+            return (name,)
+        return tuple(source for part in self._parts[name] for source in self.sources(part))
+
+    def names(self) -> tuple[str, ...]:
+        """All that there are, joined ones too."""
+        return (*self, *self._parts)
+
     def __missing__(self, name: str) -> torch.Tensor:
         return torch.cat([self[part] for part in self._parts[name]])
 

@@ -27,6 +27,7 @@ class Operator:
     `first_row`: the operand, if any, that tells a call on some rows how many are before them.
     `in_place`: the operands whose memory the first output may be, element for element.
     `updates`: the operand, if any, that the call writes where it is; it is the output.
+    `version`: of what a call means. An artifact names it, and is refused where it is another.
     """
 
     bind: Bind
@@ -35,6 +36,7 @@ class Operator:
     first_row: int | None = None
     in_place: tuple[int, ...] = ()
     updates: int | None = None
+    version: int = 1
 
 
 OPERATORS: dict[str, Operator] = {

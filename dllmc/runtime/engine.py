@@ -6,6 +6,7 @@ next step, all others sleep until it is over.
 """
 
 import heapq
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,17 @@ from typing import Any, Self, TypeVar
 
 from dllmc import artifact
 from dllmc.artifact import Artifact
-from dllmc.errors import BudgetError, CancelledError, DeadlineError, QueueFullError, RequestError, StepError
+from dllmc.errors import (
+    ArtifactError,
+    BudgetError,
+    CancelledError,
+    DeadlineError,
+    ProgramError,
+    QueueFullError,
+    RequestError,
+    StepError,
+)
+from dllmc.ir import interface
 from dllmc.ir.program import PAGES
 from dllmc.runtime import batch, likelihood, scheduler
 from dllmc.runtime.arena import Memory
@@ -29,7 +40,7 @@ from dllmc.runtime.params import DENSE, CachePolicy, Prompt, SamplingParams, is_
 from dllmc.runtime.request import GenerationResult, RequestState
 from dllmc.runtime.roster import Entry, Roster
 from dllmc.runtime.snapshot import Snapshot, snapshot
-from dllmc.runtime.table import IntArray, Table
+from dllmc.runtime.table import BYTES_OF_POSITION, IntArray, Table
 from dllmc.runtime.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -43,8 +54,8 @@ MAX_QUEUE = 1024
 class Engine:
     """A loaded artifact. All memory that steps use is allocated here, once: `artifact.memory["total"]` bytes.
 
-    `tokenizer` is None where the artifact has none. `pool` is None where it was compiled without caches: then every
-    step is dense. `lock` is held while requests change, never while a step runs.
+    `tokenizer` is None where the artifact has none, or without transformers. `pool` is None where it was
+    compiled without caches: then every step is dense. `lock` is held while requests change, never while a step runs.
     """
 
     def __init__(self, loaded: Artifact, scheduling: str = "multiplexed", max_queue: int = MAX_QUEUE) -> None:
@@ -266,7 +277,9 @@ class Engine:
         if not isinstance(content, str):
             return content
         if self.tokenizer is None:
-            raise RequestError("the prompt is text, but the artifact has no tokenizer; give token ids")
+            raise RequestError(
+                "the prompt is text, but there is no tokenizer (or transformers is not installed); give token ids"
+            )
         return self.tokenizer.encode(content)
 
     def _enqueue(self, state: RequestState, priority: int, deadline: float | None) -> Request:
@@ -390,19 +403,32 @@ def load(
     memory_budget: int | None = None,
     scheduler: str = "multiplexed",
     max_queue: int = MAX_QUEUE,
+    *,
+    hash_weights: bool = True,
 ) -> Engine:
     """Open an artifact and allocate what its plan says: `artifact.memory["total"]` bytes.
 
     `memory_budget`: the most bytes that may be; the KV pool has what weights, arena and state leave of it. None: the
     pool is as large as it was compiled. `scheduler`: "multiplexed", or for comparison "fcfs" or "static"
-    (`dllmc.runtime.scheduler`); tokens are the same. `max_queue`: requests that may wait in line.
+    (`dllmc.runtime.scheduler`); tokens are the same. `max_queue`: requests that may wait in line. `hash_weights` false:
+    the weights' bytes are taken as they are, which saves reading them once; all else is checked.
 
-    Raises `ArtifactError`, or `BudgetError` where not a page is left.
+    Raises `ArtifactError`, and `BudgetError` where not a page is left, or the machine has less memory than it takes.
     """
-    opened = artifact.read(path)
+    opened = artifact.read(path, hash_weights=hash_weights)
+    require_servable(opened)
     if memory_budget is not None:
         opened = _within(opened, memory_budget)
+    require_room(opened)
     return Engine(opened, scheduler, max_queue)
+
+
+def require_servable(opened: Artifact) -> None:
+    """Raise `ArtifactError` for programs that no engine can run."""
+    try:
+        interface.check(opened.programs, opened.spec)
+    except ProgramError as error:
+        raise ArtifactError(f"{opened.path}: {error}") from error
 
 
 def _within(opened: Artifact, memory_budget: int) -> Artifact:
@@ -416,6 +442,18 @@ def _within(opened: Artifact, memory_budget: int) -> Artifact:
             f"{page}), found {memory_budget}; compile with a memory budget to have a smaller arena"
         )
     return opened.with_pages((memory_budget - fixed) // page) if page else opened
+
+
+def require_room(opened: Artifact) -> None:
+    """Raise `BudgetError` for an artifact that takes more memory than the machine has."""
+    limits = opened.program.maxima
+    tables = limits["segments"] * min(opened.spec.max_positions, limits["tokens"]) * BYTES_OF_POSITION
+    needed, room = opened.memory["total"] + tables, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise BudgetError(
+            f"{opened.path}: it takes {needed} bytes, {opened.memory['total']} for its plan and {tables} for requests, "
+            f"but this machine has {room}; compile with a memory budget, or load on a larger machine"
+        )
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

@@ -19,6 +19,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 FULL, REFRESH, REUSE = range(3)
+BYTES_OF_POSITION = 4 * 8 + 1  # of a request, in the columns that have one entry a position
 SIDES = 2  # sequences of a request, with guidance
 
 

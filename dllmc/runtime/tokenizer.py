@@ -6,6 +6,7 @@ No code of a checkpoint is run. transformers is imported when a tokenizer is loa
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dllmc.errors import ArtifactError, RequestError
@@ -72,7 +73,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, or None where there is none of its files.
+    """The tokenizer in a folder, or None where there is none of its files, or where transformers is not installed.
 
     Raises `ArtifactError` for a tokenizer that is incomplete, corrupt, or needs code that transformers does not have.
     """
@@ -85,7 +86,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         choices = ", or ".join(" and ".join(vocabulary) for vocabulary in VOCABULARIES)
         raise ArtifactError(f"{folder}: incomplete tokenizer: expected {choices}, found only {', '.join(found)}")
     try:
-        return Tokenizer(_load(folder))
+        import transformers
+    except ImportError:
+        return None
+    try:
+        return Tokenizer(_load(folder, transformers))
     except Exception as cause:
         reason = str(cause).partition("\n")[0].rstrip(".")
         raise ArtifactError(
@@ -94,9 +99,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         ) from cause
 
 
-def _load(folder: Path) -> Any:
-    import transformers
-
+def _load(folder: Path, transformers: ModuleType) -> Any:
     config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else {}
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     same = SAME_AS.get(str(config.get("tokenizer_class")))
