@@ -65,8 +65,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: object) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """With the hash that it then has, as a careful forger would."""
+    manifest.pop("sha256", None)
+    text = json.dumps(manifest, indent=1) + "\n"
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def edit_manifest(folder: Path, **fields: Any) -> None:

@@ -122,7 +122,7 @@ def write(
                 if path.is_file()
             },
         }
-        documents.dump(building / manifest.NAME, document)
+        documents.dump(building / manifest.NAME, manifest.sealed(document))
         written = _read(building, links_from=out, hash_weights=not linked)
     return replace(written, path=out)
 

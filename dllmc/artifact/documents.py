@@ -23,8 +23,7 @@ def load(file: Path) -> Any:
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ArtifactError(f"{file}: expected JSON of at most {MAX_BYTES} bytes, found {size}")
-        text = file.read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        document = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
     except FileNotFoundError:
         raise ArtifactError(f"{file}: no such file; expected a directory that `dllmc compile` wrote") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -35,10 +34,15 @@ def load(file: Path) -> Any:
     return document
 
 
-def dump(file: Path, document: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Write a file that `load` reads back equal. Without an indent it is as small as can be."""
+def text(document: Mapping[str, Any], indent: int | None = 1) -> str:
+    """What `load` reads back equal. Without an indent it is as small as can be."""
     separators = (",", ":") if indent is None else None
-    file.write_text(json.dumps(document, indent=indent, separators=separators) + "\n", encoding="utf-8")
+    return json.dumps(document, indent=indent, separators=separators) + "\n"
+
+
+def dump(file: Path, document: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write a file of that text."""
+    file.write_text(text(document, indent), encoding="utf-8")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

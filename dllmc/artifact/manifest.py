@@ -1,5 +1,9 @@
-"""`manifest.json`: every file with its size and hash, and all that is known of a model and how it was compiled."""
+"""`manifest.json`: every file with its size and hash, and all that is known of a model and how it was compiled.
 
+Its last field is the hash of itself without that field, so that no byte of an artifact goes unnoticed.
+"""
+
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ _FIELDS: Mapping[str, type] = {
     "recipes": dict,
     "tokenizer": list,
     "files": dict,
+    "sha256": str,
 }
 # What the lists and objects hold that are not checked elsewhere.
 _ITEMS: Mapping[str, type] = {
@@ -40,7 +45,9 @@ _ITEMS: Mapping[str, type] = {
 
 def read(file: Path) -> dict[str, Any]:
     """The manifest, its fields of the kinds that they should have. Raises `ArtifactError` naming file and field."""
-    manifest = documents.load(file)
+    if file.is_symlink():
+        raise ArtifactError(f"{file}: a link; an artifact holds its own files only")
+    manifest: dict[str, Any] = documents.load(file)
     if not isinstance(manifest, dict) or type(manifest.get("schema")) is not int:
         raise ArtifactError(f"{file}: expected an artifact's manifest with a field 'schema'")
     if manifest["schema"] != SCHEMA:
@@ -63,7 +70,15 @@ def read(file: Path) -> dict[str, Any]:
             raise ArtifactError(f"{file}: field 'passes': expected a name and counts, found {entry!r:.200}")
     if not manifest["programs"]:
         raise ArtifactError(f"{file}: field 'programs': expected at least one program")
+    if file.read_bytes() != documents.text(sealed(manifest)).encode():
+        raise ArtifactError(f"{file}: field 'sha256': it is not the hash of the other fields; copy the artifact again")
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its hash."""
+    rest = {field: value for field, value in manifest.items() if field != "sha256"}
+    return rest | {"sha256": hashlib.sha256(documents.text(rest).encode()).hexdigest()}
 
 
 def is_one(folder: Path) -> bool:

@@ -243,7 +243,7 @@ diff_option: Callable[[F], F] = option(
     "weights; with --program also a diff of all instructions.",
 )
 no_hash_option: Callable[[F], F] = option(
-    "Trust",
+    "Loading",
     "--no-hash",
     is_flag=True,
     help="Take the weights' bytes as they are instead of hashing them, which takes seconds for each 10 GB. All else "

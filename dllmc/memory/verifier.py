@@ -4,6 +4,7 @@ Independent of the planner and of its lifetimes: the program is replayed on an a
 are intact in it. Runs after planning and again whenever an artifact is loaded.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from dllmc.errors import ProgramError
@@ -27,20 +28,28 @@ from dllmc.ir.program import (
 from dllmc.ir.views import apart, coincide
 from dllmc.ops.registry import OPERATORS
 
+# A step makes no more calls, and no view shows more elements than this, or than there are bytes of memory: what does
+# could take forever, though it takes no memory.
+MAX_CALLS = 1 << 22
+MAX_ELEMENTS = 1 << 24
+
 _CHUNK, _START = (Affine(0, ((symbol, 1),)) for symbol in (CHUNK, START))
 
 
 def verify(program: Program) -> None:
-    """Check shapes, bounds, offsets and ownership. Raises `ProgramError` naming instruction, buffers and byte ranges.
+    """Check shapes, bounds, offsets, ownership and lifetimes.
 
-    Bounds are proved for every size of a step; ownership is replayed at the largest sizes alone, since at smaller
-    ones each buffer takes fewer of the same bytes. Of a `ForRows` two iterations are replayed: all others are like
-    the second, since each reads and writes its own rows of what it writes.
+    Bounds are proved for every size of a step; ownership is replayed at the largest sizes alone, since at smaller ones
+    each buffer takes fewer of the same bytes. Of a `ForRows` two iterations are replayed: all others are like the
+    second, since each reads and writes its own rows of what it writes. Raises `ProgramError` naming instruction,
+    buffers and byte ranges.
     """
     if program.arena_bytes is None:
         raise ProgramError(f"program {program.name!r} has no memory plan; run plan-memory")
     for name, tensor in (program.inputs | program.weights | program.buffers | program.caches).items():
         _check_shape(name, tensor, program)
+    _check_lifetimes(program)
+    _check_calls(program)
     ranges = {name: _bytes_of(name, buffer, program) for name, buffer in program.buffers.items()}
     arena = _Arena(ranges)
     index = 0
@@ -59,6 +68,33 @@ def verify(program: Program) -> None:
         _check_bounds(program, view, f"output {name!r}")
         if view.base in ranges:
             arena.check(view.base, f"output {name!r}")
+
+
+def _check_lifetimes(program: Program) -> None:
+    """A buffer's lifetime, where the program states it, covers its uses."""
+    uses: dict[str, list[int]] = {}
+    count = 0
+    for instruction, _ in program.calls():
+        workspace = () if instruction.workspace is None else (instruction.workspace,)
+        for name in (*(view.base for view in (*instruction.reads(), *instruction.outputs)), *workspace):
+            uses.setdefault(name, []).append(count)
+        count += 1
+    for name, buffer in program.buffers.items():
+        if buffer.lifetime is not None and name in uses:
+            first, end = buffer.lifetime
+            if not first <= uses[name][0] <= uses[name][-1] < end <= count:
+                used = f"used by the instructions {uses[name][0]} to {uses[name][-1]} of {count}"
+                raise ProgramError(f"buffer {name!r} is alive [{first}, {end}), but {used}")
+
+
+def _check_calls(program: Program) -> None:
+    """The largest step ends: its loops go round a bearable number of times."""
+    calls = 0
+    for item in program.instructions:
+        rounds = 1 if isinstance(item, Instruction) else -(-item.extent.at(program.maxima) // program.maxima[CHUNK])
+        calls += rounds * (1 if isinstance(item, Instruction) else len(item.body))
+    if calls > MAX_CALLS:
+        raise ProgramError(f"the largest step makes {calls} calls, more than {MAX_CALLS}; compile with larger chunks")
 
 
 def _check_views(program: Program, instruction: Instruction, loop: ForRows | None, where: str) -> None:
@@ -227,6 +263,9 @@ def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None
         raise ProgramError(f"{described} has a negative size, stride or offset {view.offset}")
     if Affine() in view.shape:
         return
+    elements = math.prod(dim.at(sizes) for dim in view.shape)
+    if elements > MAX_ELEMENTS and elements > _bytes_in_all(program):
+        raise ProgramError(f"{described} shows {elements} elements, more than the program has bytes of memory")
     last = view.offset
     try:
         count = element_count(tensor.shape)
@@ -251,6 +290,10 @@ def _fills(view: View, tensor: Tensor) -> bool:
                 return count == Affine()
             dense = product(dense, dim)
     return dense == count
+
+
+def _bytes_in_all(program: Program) -> int:
+    return (program.arena_bytes or 0) + program.weight_bytes + program.state_bytes + program.cache_bytes
 
 
 def _text(affines: tuple[Affine, ...]) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ops import attention, decode_head, elementwise, glu, guide_rows, keep, linear, norms, rope
-from dllmc.ops.facts import POINTWISE
+from dllmc.ops import attention, decode_head, elementwise, facts, glu, guide_rows, keep, linear, norms, rope
 
-_POINTWISE = frozenset(map(str, POINTWISE))
+POINTWISE = frozenset(map(str, facts.POINTWISE))
+"""Names of the operators that work on each element alone."""
 
 Bind = Callable[[Sequence[Any], Sequence[Tensor], Tensor | None], Callable[[], object]]
 
@@ -55,9 +55,7 @@ OPERATORS: dict[str, Operator] = {
     "dllmc.rms_norm.default": Operator(norms.bind_rms_norm, norms.rms_norm_workspace, in_place=(0,)),
     "dllmc.rope.default": Operator(rope.bind, rope.workspace_of, in_place=(0,)),
     **{
-        name: Operator(
-            bind, options=elementwise.OPTIONS.get(name, ()), in_place=(0, 1, 2) if name in _POINTWISE else ()
-        )
+        name: Operator(bind, options=elementwise.OPTIONS.get(name, ()), in_place=(0, 1, 2) if name in POINTWISE else ())
         for name, bind in elementwise.BINDERS.items()
     },
     # copied to the output before the mask is read

@@ -13,7 +13,7 @@ from torch import Tensor
 from dllmc.errors import ProgramError
 from dllmc.ir.program import CHUNK, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
 from dllmc.ops import elementwise, shapes
-from dllmc.ops.registry import operator
+from dllmc.ops.registry import POINTWISE, operator
 
 # The sizes of a small step, none of which is like another; together with the largest they tell affine shapes apart.
 _SMALL = {"tokens": 29, "rows": 11, "guided": 3, "segments": 5, "active": 17, "pages": 13, CHUNK: 7}
@@ -66,7 +66,8 @@ def _given(op: str, operands: Sequence[Any]) -> dict[str, Any]:
         raise ValueError(f"expected at most {len(parameters)} operands, found {len(operands)}")
     for number, (name, kind, required) in enumerate(parameters):
         if number < len(operands):
-            if not _is(operands[number], kind):
+            number_too = kind == "Tensor" and op in POINTWISE  # as torch has it
+            if not _is(operands[number], kind) and not (number_too and _is(operands[number], "number")):
                 raise ValueError(f"operand {number}, {name}: expected a {kind}, found {operands[number]!r:.80}")
             given[name] = operands[number]
         elif required:

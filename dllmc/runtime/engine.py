@@ -63,7 +63,7 @@ class Engine:
             raise RequestError(f"scheduler is {scheduling!r}; expected one of {', '.join(scheduler.POLICIES)}")
         self.artifact = loaded
         self.spec = loaded.spec
-        self.tokenizer = load_tokenizer(loaded.path) if loaded.manifest["tokenizer"] else None
+        self.tokenizer = load_tokenizer(loaded.path, loaded.manifest["tokenizer"])
         self.max_queue = max_queue
         self.lock = threading.RLock()
         self._program = program = loaded.program

@@ -105,7 +105,7 @@ class _Binding:
         for call, (instruction, sizes, outs) in zip(self.calls, self._writes, strict=True):
             try:
                 call()
-            except RuntimeError as error:
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 raise ProgramError(f"{self._where(instruction)}: {error}") from error
             for view, out in zip(instruction.outputs, outs, strict=True):
                 planned = [dim.at(sizes) for dim in view.shape]

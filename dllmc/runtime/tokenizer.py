@@ -4,7 +4,8 @@ No code of a checkpoint is run. transformers is imported when a tokenizer is loa
 """
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,13 +73,15 @@ class Tokenizer:
         return text
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: Path, names: Collection[str] | None = None) -> Tokenizer | None:
     """The tokenizer in a folder, or None where there is none of its files, or where transformers is not installed.
 
-    Raises `ArtifactError` for a tokenizer that is incomplete, corrupt, or needs code that transformers does not have.
+    `names`: the files that are the tokenizer's; others in the folder are not looked at. Raises `ArtifactError` for a
+    tokenizer that is incomplete, corrupt, or needs code that transformers does not have.
     """
     pieces = {CONFIG, *(name for vocabulary in VOCABULARIES for name in vocabulary)}
-    found = sorted(name for name in pieces if (folder / name).is_file())
+    listed = pieces if names is None else pieces.intersection(names)
+    found = sorted(name for name in listed if (folder / name).is_file())
     if not found:
         return None
     # transformers fills in an empty vocabulary or no merges where the file is absent, and then encodes wrongly.
@@ -90,7 +93,12 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     except ImportError:
         return None
     try:
-        return Tokenizer(_load(folder, transformers))
+        if names is None:
+            return Tokenizer(_load(folder, transformers))
+        with tempfile.TemporaryDirectory() as alone:
+            for name in names:
+                (Path(alone) / name).symlink_to(folder.resolve() / name)
+            return Tokenizer(_load(Path(alone), transformers))
     except Exception as cause:
         reason = str(cause).partition("\n")[0].rstrip(".")
         raise ArtifactError(

@@ -338,7 +338,7 @@ def test_help_is_in_sections_with_an_example() -> None:
     """Options stand under headings in the order of their use; every command's help ends with examples."""
     text = run("generate", "--help").stdout
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Prompts", "Decoding", "Sampling", "Tokens", "Cache", "Output", "Other"]
+    assert headings == ["Prompts", "Decoding", "Sampling", "Tokens", "Cache", "Loading", "Output", "Other"]
     for name in main.commands:
         text = run(name, "--help").stdout
         assert f"    dllmc {name} " in text or f"dllmc {name} bash" in text
