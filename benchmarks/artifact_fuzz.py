@@ -123,8 +123,7 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, str]]:
 # What no artifact may make a process do. `open` counts where it is for writing.
 _DEEDS = (
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "ctypes.dlopen"),
-    *("pickle.find_class", "marshal.loads"),
-    *("os.remove", "os.rename", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
+    *("pickle.find_class", "os.remove", "os.rename", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
 )
 _watching: list[list[str]] = []
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Callable, MutableMapping, MutableSequence
+from collections.abc import Callable, MutableMapping, MutableSequence, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ OPERATORS = (
     "os.system",
 )
 
+Rewrite = Callable[[Any, random.Random], str]
 Spot = tuple[Any, Any]  # an object or list of a document, and a key of it
 
 
@@ -77,12 +79,21 @@ def forge(folder: Path, draw: random.Random) -> str | None:
         told = _forge_header(file, changes, draw)
     else:
         document = json.loads(before)
-        told = ", ".join(_change(document, draw) for _ in range(changes))
+        knowing = _REWRITES.get(file.parent.name, ()) if file.name != MANIFEST else _OF_MANIFEST
+        told = ", ".join(_rewritten(document, knowing, draw) for _ in range(changes))
         file.write_text(json.dumps(document, indent=1) + "\n")
     if file.read_bytes() == before:
         return None
     _make_right(folder, draw)
     return f"{name}: {told}"
+
+
+def _rewritten(document: Any, knowing: Sequence[Rewrite], draw: random.Random) -> str:
+    """Change a document, knowing what it is or not."""
+    if knowing and draw.random() < 0.5:
+        with suppress(LookupError, TypeError, AttributeError):  # an earlier change took away what this one is about
+            return draw.choice(knowing)(document, draw)
+    return _change(document, draw)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -151,7 +162,7 @@ def _spots(document: Any, draw: random.Random) -> list[Spot]:
         key = draw.choice(list(document)) if isinstance(document, dict) else draw.randrange(len(document))
         spots.append((document, key))
         document = document[key]
-    return spots[-3:] or [({"": None}, "")]  # where most of a document is
+    return [*spots[-3:], *spots[-1:] * 4] or [({"": None}, "")]  # mostly its end, where most of a document is
 
 
 def _replace(holder: Any, key: Any, draw: random.Random) -> str:
@@ -200,6 +211,181 @@ def _rename(holder: Any, key: Any, draw: random.Random) -> str:
         return f"renamed {name!r:.40}"
     return _replace(holder, key, draw)
 
+
+def _calls(program: Any) -> list[dict[str, Any]]:
+    """Every instruction of a program, those in loops too."""
+    return [call for item in program["instructions"] for call in item.get("body", [item])]
+
+
+def _views(program: Any) -> list[dict[str, Any]]:
+    groups = [operands for call in _calls(program) for operands in (call["inputs"], call["outputs"])]
+    return [operand for group in groups for operand in group if isinstance(operand, dict) and "view" in operand]
+
+
+def _move_buffer(program: Any, draw: random.Random) -> str:
+    name = draw.choice(list(program["buffers"]))
+    buffer, other = program["buffers"][name], draw.choice(list(program["buffers"].values()))
+    buffer["offset"] = draw.choice((other["offset"], buffer["offset"] + 64, max(0, buffer["offset"] - 64), 8))
+    return f"{name} moved to {buffer['offset']}"
+
+
+def _resize_buffer(program: Any, draw: random.Random) -> str:
+    group = program[draw.choice(("buffers", "buffers", "inputs", "weights", "caches"))] or program["buffers"]
+    name = draw.choice(list(group))
+    shape = group[name]["shape"]
+    if shape:
+        shape[draw.randrange(len(shape))] = draw.choice(
+            (0, 1, 3, 1 << 20, {"tokens": 1}, {"rows": 2}, {"tokens": -1}, {"chunk": 1})
+        )
+    return f"{name} resized to {shape}"
+
+
+def _shorten_life(program: Any, draw: random.Random) -> str:
+    name = draw.choice(list(program["buffers"]))
+    life = program["buffers"][name].get("lifetime") or [0, 0]
+    life[draw.randrange(2)] += draw.choice((-1, 1, 2))
+    return f"{name} lives {life}"
+
+
+def _reorder(program: Any, draw: random.Random) -> str:
+    calls = draw.choice([program["instructions"], *(i["body"] for i in program["instructions"] if "body" in i)])
+    at, to = draw.randrange(len(calls)), draw.randrange(len(calls))
+    calls.insert(to, calls.pop(at))
+    return f"instruction {at} moved to {to}"
+
+
+def _drop(program: Any, draw: random.Random) -> str:
+    at = draw.randrange(len(program["instructions"]))
+    del program["instructions"][at]
+    return f"instruction {at} dropped"
+
+
+def _retarget(program: Any, draw: random.Random) -> str:
+    view, other = draw.choice(_views(program)), draw.choice(_views(program))
+    view["view"] = other["view"]
+    return f"a view of {other['view']} instead"
+
+
+def _restride(program: Any, draw: random.Random) -> str:
+    view = draw.choice(_views(program))
+    if "shape" not in view:
+        whole = next(group[view["view"]] for group in map(program.get, _GROUPS) if view["view"] in group)
+        view |= {"shape": whole["shape"], "strides": [1] * len(whole["shape"]), "offset": 0}
+    field = draw.choice(("shape", "strides", "offset"))
+    number = draw.choice((0, 1, 2, 64, -1, 1 << 30, {"tokens": 1}, {"rows": 64}, {"start": 1}, {"pages": 1}))
+    if field == "offset" or not view[field]:
+        view["offset"] = number
+    else:
+        view[field] = [*view[field]]
+        view[field][draw.randrange(len(view[field]))] = number
+    return f"a view's {field} has {number}"
+
+
+def _other_operator(program: Any, draw: random.Random) -> str:
+    call, other = draw.choice(_calls(program)), draw.choice(_calls(program))
+    call["op"] = other["op"]
+    return f"operator {other['op']} instead"
+
+
+def _other_operand(program: Any, draw: random.Random) -> str:
+    call, other = draw.choice(_calls(program)), draw.choice(_calls(program))
+    if call["inputs"] and other["inputs"]:
+        call["inputs"][draw.randrange(len(call["inputs"]))] = draw.choice(other["inputs"])
+    return f"an operand of {other['op']} for {call['op']}"
+
+
+def _other_output(program: Any, draw: random.Random) -> str:
+    call, view = draw.choice(_calls(program)), draw.choice(_views(program))
+    call["outputs"][0] = json.loads(json.dumps(view))
+    return f"{call['op']} writes {view['view']}"
+
+
+def _other_workspace(program: Any, draw: random.Random) -> str:
+    call = draw.choice(_calls(program))
+    call["workspace"] = draw.choice((None, *program["buffers"]))
+    return f"workspace {call['workspace']} for {call['op']}"
+
+
+def _loop(program: Any, draw: random.Random) -> str:
+    """Make a loop of an instruction, or change or undo one."""
+    items = program["instructions"]
+    at = draw.randrange(len(items))
+    extent = draw.choice(({"tokens": 1}, {"rows": 1}, {"tokens": 1 << 40}, {"chunk": 1}, 4))
+    if "body" not in items[at]:
+        items[at] = {"for_rows": extent, "body": [items[at]]}
+        program["maxima"].setdefault("chunk", 4)
+    elif draw.random() < 0.5:
+        items[at]["for_rows"] = extent
+    else:
+        items[at : at + 1] = items[at]["body"]
+    return f"a loop at {at}"
+
+
+def _other_maximum(program: Any, draw: random.Random) -> str:
+    size = draw.choice(list(program["maxima"]))
+    program["maxima"][size] = draw.choice((1, 2, program["maxima"][size] * 2, 1 << 20, 1 << 40))
+    return f"at most {program['maxima'][size]} {size}"
+
+
+def _other_return(program: Any, draw: random.Random) -> str:
+    name = draw.choice(list(program["outputs"]))
+    program["outputs"][name] = json.loads(json.dumps(draw.choice(_views(program))))
+    return f"returns {program['outputs'][name]['view']} as {name}"
+
+
+def _no_plan(program: Any, draw: random.Random) -> str:
+    program["arena_bytes"] = draw.choice((None, 0, (program["arena_bytes"] or 0) - 64))
+    return f"an arena of {program['arena_bytes']}"
+
+
+def _other_model(manifest: Any, draw: random.Random) -> str:
+    field = draw.choice(list(manifest["model"]))
+    manifest["model"][field] = draw.choice((0, 1, 41, 1 << 20, 1 << 45, True, [0], [99]))
+    return f"model.{field} = {manifest['model'][field]}"
+
+
+def _other_link(manifest: Any, draw: random.Random) -> str:
+    name = draw.choice(
+        ("/etc/hostname", "/x.safetensors", "../x/../checkpoint/model.safetensors", "nowhere.safetensors", "programs")
+    )
+    entry = next(iter(manifest["linked"].values()), {"bytes": 1, "sha256": "0" * 64})
+    manifest["linked"] = draw.choice(({name: entry}, {**manifest["linked"], name: entry}, {}))
+    return f"links {list(manifest['linked'])}"
+
+
+def _other_recipe(manifest: Any, draw: random.Random) -> str:
+    names = [*manifest["recipes"], *(part for recipe in manifest["recipes"].values() for part in recipe), "x"]
+    name = draw.choice([*manifest["recipes"], "x"])
+    manifest["recipes"][name] = draw.choices(names, k=draw.randint(0, 3))
+    return f"{name} of {manifest['recipes'][name]}"
+
+
+def _other_version(manifest: Any, draw: random.Random) -> str:
+    name = draw.choice(list(manifest["operators"]))
+    manifest["operators"][name] = draw.choice((0, 2, -1))
+    return f"{name} in version {manifest['operators'][name]}"
+
+
+def _fewer_programs(manifest: Any, draw: random.Random) -> str:
+    name = manifest["programs"].pop(draw.randrange(len(manifest["programs"])))
+    manifest["files"].pop(f"programs/{name}.json", None)
+    return f"no program {name}"
+
+
+def _twice(manifest: Any, draw: random.Random) -> str:
+    field = draw.choice(("weights", "tokenizer", "programs"))
+    manifest[field].append(draw.choice([*manifest[field], "manifest.json", "../x", "a b"]))
+    return f"{field} {manifest[field]}"
+
+
+_GROUPS = ("inputs", "weights", "buffers", "caches")
+_REWRITES: dict[str, tuple[Rewrite, ...]] = {
+    "programs": (
+        *(_move_buffer, _resize_buffer, _shorten_life, _reorder, _drop, _retarget, _restride, _other_operator),
+        *(_other_operand, _other_output, _other_workspace, _loop, _other_maximum, _other_return, _no_plan),
+    )
+}
+_OF_MANIFEST = (_other_model, _other_link, _other_recipe, _other_version, _fewer_programs, _twice)
 
 # How often each is drawn: a document that lacks a field is refused before much else is looked at.
 _CHANGES: dict[Callable[[Any, Any, random.Random], str], int] = {
