@@ -91,7 +91,9 @@ def forge(folder: Path, draw: random.Random) -> str | None:
 def _rewritten(document: Any, knowing: Sequence[Rewrite], draw: random.Random) -> str:
     """Change a document, knowing what it is or not."""
     if knowing and draw.random() < 0.5:
-        with suppress(LookupError, TypeError, AttributeError):  # an earlier change took away what this one is about
+        with suppress(
+            LookupError, TypeError, ValueError, AttributeError
+        ):  # an earlier change took away what this one is about
             return draw.choice(knowing)(document, draw)
     return _change(document, draw)
 
@@ -269,7 +271,7 @@ def _retarget(program: Any, draw: random.Random) -> str:
 def _restride(program: Any, draw: random.Random) -> str:
     view = draw.choice(_views(program))
     if "shape" not in view:
-        whole = next(group[view["view"]] for group in map(program.get, _GROUPS) if view["view"] in group)
+        [whole] = [program[group][view["view"]] for group in _GROUPS if view["view"] in program[group]]
         view |= {"shape": whole["shape"], "strides": [1] * len(whole["shape"]), "offset": 0}
     field = draw.choice(("shape", "strides", "offset"))
     number = draw.choice((0, 1, 2, 64, -1, 1 << 30, {"tokens": 1}, {"rows": 64}, {"start": 1}, {"pages": 1}))

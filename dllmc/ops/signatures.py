@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import CHUNK, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import CHUNK, LEAST, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
 from dllmc.ops import elementwise, shapes
 from dllmc.ops.registry import POINTWISE, operator
 
@@ -32,7 +32,7 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
 
 def check(program: Program) -> None:
     """Raise `ProgramError` naming the first call that is not such as its operator takes."""
-    small = {symbol: min(_SMALL[symbol], most) for symbol, most in program.maxima.items()}
+    small = {symbol: min(_SMALL[symbol], max(most - 1, LEAST[symbol])) for symbol, most in program.maxima.items()}
     for index, (instruction, loop) in enumerate(program.calls()):
         where = f"instruction {index} ({instruction.op})"
         for sizes in (small, program.maxima):
