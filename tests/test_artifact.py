@@ -1,6 +1,9 @@
 """Artifacts: what is written reads back equal, and writing harms nothing else on the disk."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from tests.artifacts import PROGRAM, SPEC, WEIGHTS, edit_manifest, entry_of, rea
 from tests.programs import program, tensor
 from tests.strategies import TinyModel, build
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llada"
 OPTIONS = dllmc.CompileOptions(max_tokens_per_step=32, max_requests=2, max_logit_rows=8)
 
 
@@ -80,6 +84,23 @@ def test_memory_is_the_sum_of_its_parts(compiled: Artifact) -> None:
 def test_the_same_inputs_give_the_same_bytes(compiled: Artifact, tmp_path: Path) -> None:
     again = dllmc.compile(tiny_model(), tmp_path / "again", OPTIONS, SPEC)
     assert tree(again.path) == tree(compiled.path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_same_inputs_give_the_same_bytes_elsewhere(linked: bool, tmp_path: Path) -> None:
+    """In another process, with another seed of its hashes, from another folder; nothing tells of time or place."""
+    shutil.copytree(EXAMPLE, tmp_path / "checkpoint")
+    code = (
+        "import sys, dllmc; dllmc.compile('checkpoint', 'out', dllmc.CompileOptions(link_weights=bool(sys.argv[1:])))"
+    )
+    trees = []
+    for seed in ("1", "2"):
+        shutil.copytree(tmp_path / "checkpoint", tmp_path / seed / "checkpoint")
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(dllmc.__file__).parents[1])}
+        command = [sys.executable, "-c", code, *(["linked"] if linked else [])]
+        subprocess.run(command, cwd=tmp_path / seed, env=environment, check=True)
+        trees.append(tree(tmp_path / seed / "out"))
+    assert trees[0] == trees[1]
 
 
 def test_the_order_of_the_tensors_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,93 @@
+"""Which programs an engine can run: those that take what it gives and return what it commits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dllmc.artifact import Artifact, read
+from dllmc.errors import ProgramError
+from dllmc.ir import interface
+from dllmc.ir.program import PAGES, Affine, Program, Tensor
+from dllmc.runtime import batch
+from dllmc.runtime.table import Table
+
+SEGMENTS = Affine(0, (("segments", 1),))
+
+
+@pytest.fixture(scope="module")
+def served(tiny_llada: Path) -> Artifact:
+    return read(tiny_llada)
+
+
+def test_what_the_compiler_makes_can_be_run(served: Artifact) -> None:
+    interface.check(served.programs, served.spec)
+
+
+def test_the_inputs_are_those_that_a_step_is_composed_of(served: Artifact) -> None:
+    """By name, dtype and shape, of a composed step of one request."""
+    table = Table(1, 8, 2)
+    table.length[0], table.end[0], table.start[0] = 8, 8, 4
+    table.masked[0, 4:] = True
+    table.left[0] = 4
+    step = batch.compose(table, np.zeros(1, np.int64), 16, mask_id=3, has_cache=True)
+    assert step.inputs.keys() == interface.INPUTS.keys() | {"page_table"}
+    for name, (dtype, shape) in interface.INPUTS.items():
+        given = step.inputs[name]
+        assert given.shape == tuple(dim.at(step.sizes) for dim in shape), name
+        assert dtype == "float32" or given.dtype == np.int64, name
+
+
+def changed(program: Program, group: str, name: str, **fields: Any) -> Program:
+    tensors = dict(getattr(program, group))
+    tensors[name] = replace(tensors[name], **fields)
+    return replace(program, **{group: tensors})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: replace(p, outputs={"token": p.outputs["token"]}),
+            "outputs: expected token int64.rows., .*found",
+        ),
+        (lambda p: changed(p, "inputs", "segments", dtype="int32"), r"input 'segments': expected int64\[segments, 2\]"),
+        (
+            lambda p: changed(p, "inputs", "page_table", shape=(Affine(0, (("segments", 1),)), Affine(1))),
+            "pages or more",
+        ),
+        (lambda p: replace(p, inputs={**p.inputs, "clock": Tensor("int64", ())}), "input 'clock': no engine has it"),
+        (lambda p: replace(p, maxima={**p.maxima, PAGES: 5}), "its maxima .* are not those of"),
+    ],
+)
+def test_anything_else_is_refused(served: Artifact, change: Callable[[Program], Program], message: str) -> None:
+    programs = {**served.programs, "refresh": change(served.programs["refresh"])}
+    with pytest.raises(ProgramError, match=message):
+        interface.check(programs, served.spec)
+
+
+def test_a_cache_of_another_layout_is_refused(served: Artifact) -> None:
+    [name, *_] = served.program.caches
+    shape = served.program.caches[name].shape
+    programs = {
+        key: changed(p, "caches", name, shape=shape[::-1]) if p.caches else p for key, p in served.programs.items()
+    }
+    with pytest.raises(ProgramError, match=r"cache 'cache.0': expected \[2, heads, pages, page tokens, head dim\]"):
+        interface.check({**served.programs, **turned}, served.spec)
+
+
+def test_a_part_of_the_phases_is_refused(served: Artifact) -> None:
+    programs = {name: program for name, program in served.programs.items() if name != "reuse"}
+    with pytest.raises(
+        ProgramError, match=r"programs \['dense', 'mixed', 'refresh'\]: expected dense, or dense, refresh"
+    ):
+        interface.check(programs, served.spec)
+
+
+def test_a_table_must_have_a_row_for_all_that_looks_it_up(served: Artifact) -> None:
+    rows = served.spec.vocab_size
+    with pytest.raises(ProgramError, match=f"looks up token_ids: expected {rows + 1} rows or more, found {rows}"):
+        interface.check(served.programs, replace(served.spec, vocab_size=rows + 1))
