@@ -72,9 +72,7 @@ def test_anything_else_is_refused(served: Artifact, change: Callable[[Program], 
 def test_a_cache_of_another_layout_is_refused(served: Artifact) -> None:
     [name, *_] = served.program.caches
     shape = served.program.caches[name].shape
-    programs = {
-        key: changed(p, "caches", name, shape=shape[::-1]) if p.caches else p for key, p in served.programs.items()
-    }
+    turned = {key: changed(p, "caches", name, shape=shape[::-1]) for key, p in served.programs.items() if p.caches}
     with pytest.raises(ProgramError, match=r"cache 'cache.0': expected \[2, heads, pages, page tokens, head dim\]"):
         interface.check({**served.programs, **turned}, served.spec)
 
