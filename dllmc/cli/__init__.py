@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dllmc.cli import checking, compiling, evaluating, prompts, report, terminal
+from dllmc.cli import checking, compiling, evaluating, exporting, prompts, report, terminal
 from dllmc.cli.group import Group, option
 from dllmc.cli.options import (
     artifact_argument,
@@ -48,6 +48,7 @@ for command in (
     compiling.inspect,
     compiling.passes,
     checking.verify,
+    exporting.export,
     evaluating.eval_command,
 ):
     main.add_command(command)
