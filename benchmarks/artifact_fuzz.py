@@ -163,10 +163,8 @@ def work(way: str, folder: Path, seed: int, start: int, stop: int) -> None:
             shutil.copytree(folder / base, mutant := folder / Path(scratch).name / base)
             (mutant.parent / "declared").write_text(str(_declared(folder)))
             (mutant.parent / "checkpoint").symlink_to(folder / "checkpoint")
-            what = mutations.damage(mutant, draw) if way == "altered" else mutations.forge(mutant, draw)
-            if what is None:
-                print(json.dumps({"index": index, "outcome": "unchanged"}), flush=True)
-                continue
+            change = mutations.damage if way == "altered" else mutations.forge
+            what = next(told for told in iter(lambda: change(mutant, draw), "") if told is not None)  # noqa: B023
             try:
                 found = attempt(mutant)
             except BaseException as error:

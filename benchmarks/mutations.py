@@ -283,6 +283,27 @@ def _restride(program: Any, draw: random.Random) -> str:
     return f"a view's {field} has {number}"
 
 
+def _odd_constant(program: Any, draw: random.Random) -> str:
+    call = draw.choice(_calls(program))
+    constant = draw.choice((10**30, {"float": "nan"}, {"size": {"tokens": 1}}, {"dtype": "float8"}, [[[1]]], 1e308))
+    call["inputs"].insert(draw.randrange(len(call["inputs"]) + 1), constant)
+    return f"{constant} for {call['op']}"
+
+
+def _many_dimensions(program: Any, draw: random.Random) -> str:
+    view = draw.choice(_views(program))
+    count = draw.choice((64, 65, 1000))
+    view |= {"shape": [1] * count, "strides": [1] * (count - draw.randrange(2)), "offset": 0}
+    return f"a view with {count} dimensions"
+
+
+def _written_again(program: Any, draw: random.Random) -> str:
+    """Show one element several times, where a result goes."""
+    view = draw.choice([view for call in _calls(program) for view in call["outputs"]])
+    view |= {"shape": [2, 2], "strides": [draw.randrange(2), 0], "offset": 0}
+    return f"{view['view']} is written in one place"
+
+
 def _other_operator(program: Any, draw: random.Random) -> str:
     call, other = draw.choice(_calls(program)), draw.choice(_calls(program))
     call["op"] = other["op"]
@@ -384,6 +405,7 @@ _GROUPS = ("inputs", "weights", "buffers", "caches")
 _REWRITES: dict[str, tuple[Rewrite, ...]] = {
     "programs": (
         *(_move_buffer, _resize_buffer, _shorten_life, _reorder, _drop, _retarget, _restride, _other_operator),
+        *(_odd_constant, _many_dimensions, _written_again),
         *(_other_operand, _other_output, _other_workspace, _loop, _other_maximum, _other_return, _no_plan),
     )
 }

@@ -121,6 +121,7 @@ def _cached(g: Graph, cache: Value, cached: Value, page_table: Value) -> tuple[s
     filled = g("Less", g.unsqueeze(g.range(g("Mul", pages, size)), 0), g.unsqueeze(cached.name, 1))
     slots = g("Gather", cache.name, g.reshape(table, -1), axis=2)
     both = g.reshape(slots, 2, heads, g("Mul", g.dim(page_table, 0), g("Mul", pages, size)), head_dim)
+    both = g("Where", g.reshape(filled, -1, 1), both, g.constant(0, cache.dtype))  # others may hold no numbers
     return filled, [g.squeeze(part, 0) for part in g.several("Split", 2, both, axis=0, num_outputs=2)]
 
 
@@ -136,19 +137,16 @@ def _keep(g: Graph, args: Sequence[Operand]) -> list[str]:
     length = g("Sub", high, low)
     candidates = g("Sub", g("Sub", end, start), length)
 
-    # Mean queries of each active span [S, heads, group, D], and their products with all keys [S, heads, group, T].
-    ends = g("CumSum", length, g.constant(0))
-    members = g(
-        "Transpose",
-        _members(g, g.dim(q, 0), g("Concat", g.unsqueeze(g("Sub", ends, length), 1), g.unsqueeze(ends, 1), axis=1)),
-        perm=[1, 0],
-    )
+    # Summed queries of each active span [S, heads, group, D], which rank keys as mean ones do, and their products with
+    # all keys [S, heads, group, T].
+    ends = g.unsqueeze(g("CumSum", length, g.constant(0)), 1)
+    begins = g("Sub", ends, g.unsqueeze(length, 1))
+    members = _members(g, g.dim(q, 0), g("Concat", begins, ends, axis=1))
     dtype = wide(cache.dtype)
-    summed = g("MatMul", g.cast(members, dtype), g.reshape(as_dtype(g, q, dtype), -1, q.dims[1] * head_dim))
-    divisor = g.unsqueeze(g.cast(g("Max", length, g.constant(1)), dtype), 1)
-    mean = g.reshape(g("Div", summed, divisor), -1, heads, q.dims[1] // heads, head_dim)
-    keys = g("Transpose", as_dtype(g, k, dtype), perm=[1, 2, 0])
-    products = g("Mul", g("MatMul", mean, keys), g.constant(head_dim**-0.5, dtype))
+    rows = g.reshape(as_dtype(g, q, dtype), -1, q.dims[1] * head_dim)
+    summed = g("MatMul", g("Transpose", g.cast(members, dtype), perm=[1, 0]), rows)
+    summed = g.reshape(summed, -1, heads, q.dims[1] // heads, head_dim)
+    products = g("MatMul", summed, g("Transpose", as_dtype(g, k, dtype), perm=[1, 2, 0]))
     alone = g.reduce("ReduceMax", products, 2)
     of_all = g("ReduceMean", products, g.constant([1, 2]), keepdims=0)
     scores = g("Where", g.reshape(g.cast(shared, "bool"), -1, 1, 1), g.unsqueeze(of_all, 1), alone)
