@@ -174,6 +174,25 @@ def simulated() -> list[str]:
     return rows
 
 
+def served() -> list[str]:
+    """A row for each workload in the results of benchmarks/serve_cpu.py: saturation, and load 0.9."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "serve_cpu.json").read_text())
+    rates = {(r["workload"], r["policy"]): r["requests_per_s"] for r in document["saturation"]}
+    loaded = {(r["workload"], r["policy"]): r for r in document["loads"] if r["load"] == 0.9}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in rates):
+        served = [rates[name, policy] for policy in ("multiplexed", "fcfs", "static")]
+        latencies = [loaded[name, policy] for policy in ("multiplexed", "fcfs")]
+        cells = (
+            name,
+            *(f"{rate:.1f}" for rate in served),
+            f"{served[0] / served[2]:.2f}x",
+            *(f"{r['p50_s']:.1f} s, {r['p99_s']:.1f} s" for r in latencies),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def policies() -> list[str]:
     """A row for each policy in the results of benchmarks/cache_quality.py: differences to dense decoding."""
     tasks = json.loads((ROOT / "benchmarks" / "results" / "cache_quality.json").read_text())["tasks"]
@@ -201,4 +220,15 @@ def test_figures_are_the_benchmarks() -> None:
     assert table("How good the plans are") == planned()
     assert table("Bundled checkpoints") == checkpoints()
     assert table("Many requests") == simulated()
+    assert table("Many requests, served") == served()
     assert table("What caching costs") == policies()
+
+
+def test_the_soak_is_the_benchmarks() -> None:
+    """And it found nothing wrong."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text())["result"]
+    assert result["wrong"] == []
+    assert result["requests"] >= 10_000
+    told = " ".join(README.split())
+    counts = f"from {result['threads']} threads, with {result['preemptions']:,} preemptions and {result['cancelled']:,}"
+    assert f"Of {result['requests']:,} random requests on one engine, {counts} cancelled" in told
