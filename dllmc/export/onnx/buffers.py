@@ -59,7 +59,7 @@ class Buffers:
         shape = self.program.tensor(view.base).shape
         held = self._held.setdefault(view.base, _Held(None, []))
         if is_whole(shape, view):
-            held.whole, held.written = self._reshaped(self._as_in_memory(value, view), shape), []
+            held.whole, held.written = self._as_in_memory(value, view, shape), []
             return
         held.written = [(old, its) for old, its in held.written if not coincide(old, view)]
         if not all(apart(old, view) for old, _ in held.written):
@@ -74,26 +74,26 @@ class Buffers:
             found = slices(shape, view)
             if held.whole is None or found is None:
                 raise self._refusal(f"{base!r} is written in parts that no slice describes")
-            axes = [
-                axis
-                for axis, (n, start, length) in enumerate(zip(*found, strict=True))
-                if (start, length) != (Affine(), n)
-            ]
+            parts = enumerate(zip(*found, strict=True))
+            axes = [axis for axis, (digit, start, length) in parts if (start, length) != (Affine(), digit)]
             if len(axes) != 1:
                 raise self._refusal(f"{base!r} is written in parts along {len(axes)} axes")
             (axis,), (digits, starts, lengths) = axes, found
             whole = self._reshaped(held.whole, tuple(digits))
-            part = self._reshaped(self._as_in_memory(value, view), tuple(lengths))
+            part = self._as_in_memory(value, view, tuple(lengths))
             start, end = self._size(starts[axis]), self._size(starts[axis] + lengths[axis])
             before = g.slice(whole, axis, g.constant([0]), start)
             behind = g.slice(whole, axis, end, self._size(digits[axis]))
             held.whole = self._reshaped(g("Concat", before, part, behind, axis=axis), shape)
         held.written = []
 
-    def _as_in_memory(self, value: str, view: View) -> str:
-        """The value of a view with its axes in the order of memory, those of one element last."""
-        order = [*in_memory(view), *(axis for axis, dim in enumerate(view.shape) if dim == ONE)]
-        return value if order == sorted(order) else self.graph("Transpose", value, perm=order)
+    def _as_in_memory(self, value: str, view: View, shape: Shape) -> str:
+        """The value of a view, its axes in the order of memory, in a shape of as many elements."""
+        order = in_memory(view)
+        if order == sorted(order):
+            return self._shaped(value, view.shape, shape)
+        ones = [axis for axis, dim in enumerate(view.shape) if dim == ONE]
+        return self._reshaped(self.graph("Transpose", value, perm=[*order, *ones]), shape)
 
     def _sliced(self, whole: str, shape: Shape, view: View) -> str:
         g = self.graph
