@@ -36,6 +36,10 @@ class ArtifactError(DllmcError):
     """An artifact directory that is incomplete, altered, or written by a newer version; names file and field."""
 
 
+class ExportError(DllmcError):
+    """An artifact cannot be exported in this form, or not on this machine."""
+
+
 class RequestError(DllmcError):
     """A prompt or sampling parameters that cannot be served; raised before anything runs, with the numbers."""
 
