@@ -33,7 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MODEL, _ARTIFACT, _FORMAT = "model.json", "artifact", "dllmc-aoti"
 # Weights stay out of the packages. A value that several calls use is kept, not computed again from what it is the sum
 # of: else every layer's output would live as long as the residual stream.
-_OPTIONS = {"aot_inductor.package_constants_in_so": False, "realize_reads_threshold": 1}
+_OPTIONS = {"aot_inductor.package_constants_in_so": False, "realize_reads_threshold": 1, "allow_buffer_reuse": False, "reorder_for_locality": False}
 
 
 def export(artifact: Artifact, out: Path, *, programs: Iterable[str] | None = None) -> list[Path]:

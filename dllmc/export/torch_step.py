@@ -40,14 +40,15 @@ def exported(program: Program, weights: Tensors) -> ExportedProgram:
             f"program {program.name!r} is for steps of 1 row of the head; an export takes "
             f"{LEAST_SIZES['rows']} or more: compile with max_logit_rows=8, say"
         )
-    # An example of each size: no two alike, none that export takes for a constant.
-    sizes = {symbol: min(most, 3 + 2 * index) for index, (symbol, most) in enumerate(program.maxima.items())}
-    sizes[PAGES] = 3 + 2 * len(sizes)
+    # The largest step, for which Inductor then orders its calls; no two sizes alike, lest export takes them for one.
+    sizes = {symbol: max(min(most, 2), most - index) for index, (symbol, most) in enumerate(program.maxima.items())}
+    sizes[PAGES] = max(sizes.get(PAGES, 0), LEAST_SIZES[PAGES])
+    device = next(iter(weights.values())).device
     dims: dict[Affine, Any] = {}
     groups = {"inputs": program.inputs, "caches": program.caches}
     example = {
         group: {
-            name: torch.zeros([dim.at(sizes) for dim in tensor.shape], dtype=getattr(torch, tensor.dtype))
+            name: torch.zeros([d.at(sizes) for d in tensor.shape], dtype=getattr(torch, tensor.dtype), device=device)
             for name, tensor in tensors.items()
         }
         for group, tensors in groups.items()
