@@ -31,9 +31,13 @@ from dllmc.ir.program import Tensor as Spec
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _MODEL, _ARTIFACT, _FORMAT = "model.json", "artifact", "dllmc-aoti"
-# Weights stay out of the packages. A value that several calls use is kept, not computed again from what it is the sum
-# of: else every layer's output would live as long as the residual stream.
-_OPTIONS = {"aot_inductor.package_constants_in_so": False, "realize_reads_threshold": 1, "allow_buffer_reuse": False, "reorder_for_locality": False}
+_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "realize_reads_threshold": 1,  # else the residual stream is summed anew in each layer, of all layers' outputs
+    "allow_buffer_reuse": False,  # what waits to be used again is memory too
+    "reorder_for_locality": False,  # what is kept at a Refresh is kept before the next layer, not behind the last
+    "score_fusion_memory_threshold": 1 << 16,  # calls far apart are not one because they read a few indices both
+}
 
 
 def export(artifact: Artifact, out: Path, *, programs: Iterable[str] | None = None) -> list[Path]:
