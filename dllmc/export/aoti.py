@@ -140,7 +140,9 @@ def _compiled(program: Program, weights: Mapping[str, Tensor], out: Path) -> Pat
         step = exported(program, weights)
         return Path(torch._inductor.aoti_compile_and_package(step, package_path=str(out), inductor_configs=_OPTIONS))
     except InvalidCxxCompiler as error:
-        raise ExportError("AOTInductor needs a C++ compiler, and there is none; install g++, or name one by CXX") from error
+        raise ExportError(
+            "AOTInductor needs a C++ compiler, and there is none; install g++, or name one by CXX"
+        ) from error
 
 
 def _interface(program: Program) -> dict[str, Any]:

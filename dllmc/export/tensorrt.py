@@ -1,7 +1,7 @@
 """Torch-TensorRT: each program of an artifact as engines for its plain torch calls, and dllmc's operators in torch.
 
-Not tested on hardware. TensorRT needs an NVIDIA GPU and the package torch_tensorrt; without it `dry_run` tells how dllmc
-itself would cut the graph: at its own operators, which a compiler for TensorRT is told to leave to torch.
+Not tested on hardware. TensorRT needs an NVIDIA GPU and the package torch_tensorrt; without it `dry_run` tells how
+dllmc itself would cut the graph: at its own operators, which a compiler for TensorRT is told to leave to torch.
 """
 
 import importlib
@@ -22,6 +22,14 @@ from dllmc.export.torch_step import LEAST_SIZES, exported
 from dllmc.ir.program import Program, Tensor
 
 _MODULE = "torch_tensorrt"
+# Operators that look at sizes or types, or at a tensor in another way.
+_NO_WORK = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_assert_scalar", "_assert_tensor_metadata", "alias", "permute", "reshape", "slice", "squeeze", "sym_size"),
+        *("to", "unsqueeze", "view"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,9 @@ def _shapes(tensor: Tensor, program: Program) -> dict[str, Any]:
 
 
 def _calls(step: ExportedProgram) -> Iterator[fx.Node]:
-    """The graph's calls of operators; those that check sizes, or take a result apart, are none."""
+    """The graph's calls of operators that compute something."""
     for node in step.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and "assert" not in str(node.target):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name not in _NO_WORK:
             yield node
 
 

@@ -1,7 +1,7 @@
 """A program as a plain torch module, and that as an `ExportedProgram`: what AOTInductor and Torch-TensorRT take.
 
-Each instruction becomes torch calls. Row-wise dllmc operators are written out as the arithmetic that defines them, for a
-backend to fuse; `KEPT` stay dllmc's own, since their work follows the tables of a step.
+Each instruction becomes torch calls. Row-wise dllmc operators are written out as the arithmetic that defines them, for
+a backend to fuse; `KEPT` stay dllmc's own, since their work follows the tables of a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +81,8 @@ def _dim(size: Affine, program: Program, dims: dict[Affine, Any]) -> Any:
 class TorchStep(nn.Module):
     """A program's step over its weights, each a buffer of the module, named as in `weight_names`.
 
-    `forward(inputs, caches) -> outputs`: tensors by their names in the program; caches are written in place. A `ForRows`
-    runs once, over all of its rows: the same numbers, but the memory of the whole extent.
+    `forward(inputs, caches) -> outputs`: tensors by their names in the program; caches are written in place. A
+    `ForRows` runs once, over all of its rows: the same numbers, but the memory of the whole extent.
     """
 
     def __init__(self, program: Program, weights: Tensors) -> None:
@@ -157,7 +157,8 @@ def _sizes(program: Program, given: Tensors) -> dict[str, int]:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """One GEMM over all leading dimensions; torch would make a batch of those of a slice."""
-    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    product: Tensor = F.linear(x.flatten(0, -2), weight, bias)
+    return product.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
 def _of_sum(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -16,7 +16,8 @@ ONE = Affine(1)
 
 def window(tensor: Tensor, held: Shape, view: View, sizes: Sizes) -> Tensor:
     """A view of a dense tensor of shape `held`, for a step of given sizes: in reshapes, slices and permutations, or by
-    strides where it is not made of those."""
+    strides where it is not made of those.
+    """
     order = _order(view)
     if _is_whole(held, view):
         part = tensor.reshape(_at([view.shape[axis] for axis in order], sizes))
@@ -74,7 +75,8 @@ def _is_whole(held: Shape, view: View) -> bool:
 
 def _slices(held: Shape, view: View) -> tuple[list[Affine], list[Affine], list[Affine]] | None:
     """The tensor's shape as digits, one an axis of the view and one of what is left of the innermost stride; where the
-    view starts in each, and how many it has. None where the view is no such slice."""
+    view starts in each, and how many it has. None where the view is no such slice.
+    """
     order = _order(view)
     digits, starts = [], []
     room, rest = element_count(held), view.offset

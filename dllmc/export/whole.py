@@ -5,7 +5,7 @@ The numbers are the same, since the rows of a loop are independent; the memory i
 
 from dataclasses import replace
 
-from dllmc.ir.program import CHUNK, START, Affine, ForRows, Instruction, Operand, Program, Shape, Tensor, View, product
+from dllmc.ir.program import CHUNK, START, Affine, ForRows, Instruction, Operand, Program, Shape, View, product
 
 
 def without_loops(program: Program) -> Program:

@@ -24,12 +24,13 @@ FORWARDS: Sequence[Case] = (
 )
 DENSE_CASES: Sequence[Case] = tuple(([length], DENSE, 0.0) for length in (1, 20, 41))
 Array = np.ndarray[Any, np.dtype[Any]]
+Run = Callable[[Sizes, Mapping[str, Array]], Mapping[str, Array]]
 
 
 class Recorded:
     """Runs steps as an executor does, and notes which programs ran."""
 
-    def __init__(self, name: str, run: Callable[[Sizes, Mapping[str, Array]], Mapping[str, Array]], ran: set[str]) -> None:
+    def __init__(self, name: str, run: Run, ran: set[str]) -> None:
         self._name, self._run, self._ran = name, run, ran
 
     def run(self, sizes: Sizes, inputs: Mapping[str, Array]) -> Mapping[str, Array]:

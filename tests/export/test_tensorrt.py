@@ -38,7 +38,7 @@ def test_partitions(dense: Artifact) -> None:
     assert [call for part in parts if not part.in_tensorrt for call in part.calls] == names
     engines = [part for part in parts if part.in_tensorrt]
     assert len(engines) == 3
-    assert sum(call == "aten.linear.default" for part in engines for call in part.calls) == 13
+    assert sum(call == "aten.linear.default" for part in engines for call in part.calls) == 2 * 7
     assert not [call for part in engines for call in part.calls if "as_strided" in call or "scatter" in call]
 
 
