@@ -1,9 +1,9 @@
 """Whether an AOTInductor package keeps to the plan of the program that it is of: its peak memory, and its speed.
 
 A small model is compiled and exported. One step, as large as it was planned for, then runs in several ways, each in a
-process of its own: by the engine's executor, by the package, and in eager torch, call by call of the exported
-graph. Counted is what resident memory grows by from before the step to its peak, after a first small step has loaded all code and the
-weights; of the executor, whose arena is there before, the arena too.
+process of its own: by the engine's executor, by the package, and in eager torch, call by call of the exported graph.
+Counted is what resident memory grows by from before the step to its peak, after a first small step has loaded all code
+and the weights; of the executor, whose arena is there before, the arena too.
 
 python -m benchmarks.aoti_memory
 """
