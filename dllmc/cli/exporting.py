@@ -42,7 +42,7 @@ OPTIONS = {"onnx": ("logits", "keep_custom_ops"), "aoti": (), "tensorrt": ("dry_
     "for a runtime that has kernels for them.",
 )
 @option("TensorRT", "--dry-run", is_flag=True, help="Build no engine; say what would run where.")
-@json_option("Print one JSON object: `out` (path), `format`, `files` (name: bytes).")
+@json_option("Print one JSON object: `out` (path), `format`, `files` (name: bytes), `report` (of --dry-run).")
 def export(artifact: Path, form: str, out: Path, as_json: bool, **chosen: bool) -> None:
     """Write an ARTIFACT in another form: ONNX models, AOTInductor packages, or Torch-TensorRT modules.
 
@@ -59,6 +59,8 @@ def export(artifact: Path, form: str, out: Path, as_json: bool, **chosen: bool) 
         arguments: dict[str, Any] = {name: chosen[name] for name in OPTIONS[form]}
         written = import_module(f"dllmc.export.{form}").export(read(artifact), out, **arguments)
     if as_json:
-        click.echo(prompts.json_line({"out": str(out), "format": form, "files": dict(written.files)}))
+        found = {"out": str(out), "format": form, "files": dict(written.files), "report": written.report}
+        click.echo(prompts.json_line(found))
         return
+    report.echo(written.report.splitlines())
     report.echo(f"{size(count):>11}  {out / name}" for name, count in written.files.items())

@@ -19,14 +19,14 @@ def apart(a: View, b: View) -> bool:
     Their rows are as far apart as the largest constant stride of either.
     """
     pitch = max((s.constant for v in (a, b) for d, s in _axes(v) if not s.terms), default=0)
-    bands = [_band(view, pitch) for view in (a, b)]
+    bands = [columns(view, pitch) for view in (a, b)]
     if None in bands or not pitch:
         return False
     (first, behind), (start, end) = bands  # type: ignore[misc]
     return bool(behind <= start or end <= first)
 
 
-def _band(view: View, pitch: int) -> tuple[int, int] | None:
+def columns(view: View, pitch: int) -> tuple[int, int] | None:
     """The columns of rows of `pitch` elements that a view is within; None where it crosses from row to row."""
     first, rest = view.offset.constant % pitch if pitch else 0, 0
     for dim, stride in _axes(view):

@@ -2,7 +2,7 @@
 
     cache [2, kv_heads, pages, page_tokens, head_dim], q [active, q_heads, head_dim],
     k and v [tokens, kv_heads, head_dim], segments [segments, 2], keeping [segments, 5], page_table [segments, width]
-    -> the cache, in which each Refresh segment's slots are written
+    -> the cache, in which each Refresh segment's slots are written; `dllmc::keep_` writes them in place
 
 The tables are int64. `segments` holds each segment's first token and the token behind its last. `keeping` holds, of a
 Refresh segment, its active span's first token and the one behind, how many keys each head keeps, 1 if all heads keep
@@ -31,9 +31,9 @@ KEEPING_FIELDS = 5
 # Tokens whose products with all summed queries are held at once.
 SCORE_CHUNK = 1024
 
-library.define(
-    "keep(Tensor cache, Tensor q, Tensor k, Tensor v, Tensor segments, Tensor keeping, Tensor page_table) -> Tensor"
-)
+_TABLES = "Tensor q, Tensor k, Tensor v, Tensor segments, Tensor keeping, Tensor page_table"
+library.define(f"keep(Tensor cache, {_TABLES}) -> Tensor")
+library.define(f"keep_(Tensor(a!) cache, {_TABLES}) -> ()")
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,14 @@ def _keep(
     cache: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, keeping: Tensor, page_table: Tensor
 ) -> Tensor:
     cache = cache.clone(memory_format=torch.contiguous_format)
-    run_bound(bind, (cache, q, k, v, segments, keeping, page_table), (cache,), workspace_of)
+    _keep_(cache, q, k, v, segments, keeping, page_table)
     return cache
+
+
+def _keep_(
+    cache: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, keeping: Tensor, page_table: Tensor
+) -> None:
+    run_bound(bind, (cache, q, k, v, segments, keeping, page_table), (cache,), workspace_of)
 
 
 def _fake(
@@ -192,6 +198,12 @@ def _fake(
     return cache.new_empty(cache.shape)
 
 
-library.impl("keep", _keep, "CPU")
-library.impl("keep", _keep, "CUDA")
+def _fake_in_place(*_: Tensor) -> None:
+    """The cache is as it was, but for what it holds."""
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("keep", _keep, _device)
+    library.impl("keep_", _keep_, _device)
 torch.library.register_fake("dllmc::keep", _fake, lib=library)
+torch.library.register_fake("dllmc::keep_", _fake_in_place, lib=library)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.artifacts import tree
 from tests.cli.test_commands import is_one_line, run
+from tests.export.models import compiled
 
 
 def test_onnx(tiny_llada: Path, tmp_path: Path) -> None:
@@ -17,7 +18,7 @@ def test_onnx(tiny_llada: Path, tmp_path: Path) -> None:
     assert [Path(line.split()[-1]).name for line in result.stdout.splitlines()] == sorted(files)
     assert {"dense.onnx", "refresh.onnx", "reuse.onnx", "weights.bin", "model.json"} <= files.keys()
     again = run("export", tiny_llada, "--format", "onnx", "--out", out, "--json")
-    assert json.loads(again.stdout) == {"out": str(out), "format": "onnx", "files": files}
+    assert json.loads(again.stdout) == {"out": str(out), "format": "onnx", "files": files, "report": ""}
 
 
 def test_options_of_another_format_are_refused(tiny_llada: Path, tmp_path: Path) -> None:
@@ -43,3 +44,17 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert is_one_line(result)
     assert "no artifact, for it has no manifest.json" in result.stderr
+
+
+def test_a_dry_run_of_tensorrt_reports_partitions(tmp_path: Path) -> None:
+    """And writes nothing; without a dry run, it says what to install."""
+    artifact = compiled(tmp_path / "artifact").path
+    out = tmp_path / "out"
+    result = run("export", artifact, "--format", "tensorrt", "--out", out, "--dry-run")
+    assert result.exit_code == 0
+    assert "program 'reuse': dllmc's own cut of the graph: " in result.stdout
+    refused = run("export", artifact, "--format", "tensorrt", "--out", out)
+    assert refused.exit_code == 2
+    assert is_one_line(refused)
+    assert "pip install 'dllmc[tensorrt]'" in refused.stderr
+    assert not out.exists()

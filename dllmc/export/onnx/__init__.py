@@ -12,7 +12,6 @@ head_dim], and where a step writes them outputs `cache.N.updated`.
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,13 @@ import torch
 
 from dllmc.artifact import Artifact, directory, documents
 from dllmc.errors import ArtifactError, ExportError
+from dllmc.export import Exported, sizes
 from dllmc.ir.program import Program, aligned
 
 PHASES = ("dense", "refresh", "reuse")
 WEIGHTS, MODEL = "weights.bin", "model.json"
 FORMAT = "dllmc-onnx"
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written: the files in `path`, by name, and their bytes."""
-
-    path: Path
-    files: Mapping[str, int]
 
 
 def export(artifact: Artifact, out: Path, *, logits: bool = False, keep_custom_ops: bool = False) -> Exported:
@@ -63,7 +55,7 @@ def export(artifact: Artifact, out: Path, *, logits: bool = False, keep_custom_o
         for name in artifact.manifest["tokenizer"]:
             shutil.copyfile(artifact.path / name, building / name)
         documents.dump(building / MODEL, _document(artifact, programs))
-        files = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
+        files = sizes(building)
     return Exported(out, files)
 
 
