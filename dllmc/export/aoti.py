@@ -47,7 +47,7 @@ def export(artifact: Artifact, out: Path, *, programs: Iterable[str] | None = No
     """
     if artifact.manifest["linked"]:
         raise ExportError(
-            f"{artifact.path}: an export has the artifact in it, but its weights are linked; compile it without linking them"
+            f"{artifact.path}: an export has the artifact in it, and its weights are linked; copy them at compiling"
         )
     chosen = {name: artifact.programs[name] for name in programs or artifact.programs}
     weights = artifact.load_weights()
