@@ -4,6 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dllmc.artifact import documents
+from dllmc.errors import ArtifactError
+
+MODEL = "model.json"
+"""What each export has beside its models: the `format`, and what those who run it must know."""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -18,3 +24,12 @@ def sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def is_export(folder: Path, form: str) -> bool:
+    """Whether a directory is an export of that format."""
+    try:
+        document = documents.load(folder / MODEL)
+    except ArtifactError:
+        return False
+    return isinstance(document, dict) and document.get("format") == form

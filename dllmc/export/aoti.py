@@ -11,6 +11,7 @@ Packages are native code, which runs when it is loaded, and which no check makes
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from torch import Tensor
 from dllmc import artifact as artifacts
 from dllmc.artifact import Artifact, directory, documents
 from dllmc.errors import ArtifactError, ExportError, ProgramError
-from dllmc.export import Exported, sizes
+from dllmc.export import MODEL, Exported, is_export, sizes
 from dllmc.export.torch_step import LEAST_SIZES, exported, weight_names
 from dllmc.ir.program import PAGES, SYMBOLS, Program, Sizes
 from dllmc.ir.program import Tensor as Spec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_MODEL, _ARTIFACT, _FORMAT = "model.json", "artifact", "dllmc-aoti"
+_ARTIFACT, _FORMAT = "artifact", "dllmc-aoti"
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "realize_reads_threshold": 1,  # else the residual stream is summed anew in each layer, of all layers' outputs
@@ -51,7 +52,7 @@ def export(artifact: Artifact, out: Path, *, programs: Iterable[str] | None = No
         )
     chosen = {name: artifact.programs[name] for name in programs or artifact.programs}
     weights = artifact.load_weights()
-    with directory.replacing(Path(out), _is_export, "AOTInductor export") as building:
+    with directory.replacing(Path(out), partial(is_export, form=_FORMAT), "AOTInductor export") as building:
         shutil.copytree(artifact.path, building / _ARTIFACT)
         packages = [_compiled(program, weights, building / f"{name}.pt2") for name, program in chosen.items()]
         model = {
@@ -63,7 +64,7 @@ def export(artifact: Artifact, out: Path, *, programs: Iterable[str] | None = No
                 for program, file in zip(chosen.values(), packages, strict=True)
             },
         }
-        documents.dump(building / _MODEL, model)
+        documents.dump(building / MODEL, model)
         files = sizes(building)
     return Exported(Path(out), files)
 
@@ -76,20 +77,20 @@ def load(folder: str | Path, *, trust: bool = False) -> "Export":
             f"{folder}: an export holds native code, which runs when it is loaded; if you know who made it, load it "
             "with trust=True, or --trust"
         )
-    if not _is_export(folder):
-        raise ExportError(f"{folder / _MODEL}: expected the model.json of an AOTInductor export, found none")
+    if not is_export(folder, _FORMAT):
+        raise ExportError(f"{folder / MODEL}: expected the model.json of an AOTInductor export, found none")
     try:
-        programs = documents.load(folder / _MODEL)["programs"].items()
+        programs = documents.load(folder / MODEL)["programs"].items()
         hashes = {str(name): entry["sha256"] for name, entry in programs}
     except (TypeError, KeyError, AttributeError) as error:
-        raise ExportError(f"{folder / _MODEL}: expected the programs of an export, found {error!r}") from error
+        raise ExportError(f"{folder / MODEL}: expected the programs of an export, found {error!r}") from error
     try:
         artifact = artifacts.read(folder / _ARTIFACT)
     except ArtifactError as error:
         raise ExportError(f"{folder}: the artifact in it: {error}") from error
     for name, expected in hashes.items():
         if name not in artifact.programs:
-            raise ExportError(f"{folder / _MODEL}: program {name!r} is not in the artifact; export it again")
+            raise ExportError(f"{folder / MODEL}: program {name!r} is not in the artifact; export it again")
         file = folder / f"{name}.pt2"
         found = directory.sha256(file) if file.is_file() else "no file"
         if found != expected:
@@ -177,11 +178,3 @@ def _checked(name: str, spec: Spec, given: Array | None, sizes: Sizes) -> Tensor
         found = "nothing" if given is None else f"{given.dtype} {list(given.shape)}"
         raise ProgramError(f"input {name!r}: expected {spec.dtype} {list(shape)}, found {found}")
     return torch.from_numpy(np.ascontiguousarray(given))
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        model = documents.load(folder / _MODEL)
-    except ArtifactError:
-        return False
-    return isinstance(model, dict) and model.get("format") == _FORMAT

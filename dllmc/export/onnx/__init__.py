@@ -12,18 +12,19 @@ head_dim], and where a step writes them outputs `cache.N.updated`.
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dllmc.artifact import Artifact, directory, documents
-from dllmc.errors import ArtifactError, ExportError
-from dllmc.export import Exported, sizes
+from dllmc.errors import ExportError
+from dllmc.export import MODEL, Exported, is_export, sizes
 from dllmc.ir.program import Program, aligned
 
 PHASES = ("dense", "refresh", "reuse")
-WEIGHTS, MODEL = "weights.bin", "model.json"
+WEIGHTS = "weights.bin"
 FORMAT = "dllmc-onnx"
 SCHEMA = 1
 
@@ -42,7 +43,7 @@ def export(artifact: Artifact, out: Path, *, logits: bool = False, keep_custom_o
     from dllmc.export.onnx.step import model_of
 
     programs = {name: artifact.programs[name] for name in PHASES if name in artifact.programs}
-    with directory.replacing(out, _is_export, "ONNX export") as building:
+    with directory.replacing(out, partial(is_export, form=FORMAT), "ONNX export") as building:
         places = _write_weights(building / WEIGHTS, programs, artifact.load_weights())
         for name, program in programs.items():
             model = model_of(program, WEIGHTS, logits=logits, keep_custom_ops=keep_custom_ops)
@@ -86,11 +87,3 @@ def _document(artifact: Artifact, programs: Mapping[str, Program]) -> dict[str, 
         },
         "inputs": {name: sorted(each.inputs) for name, each in programs.items()},
     }
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        document = documents.load(folder / MODEL)
-    except ArtifactError:
-        return False
-    return isinstance(document, dict) and document.get("format") == FORMAT
