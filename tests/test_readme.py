@@ -193,6 +193,17 @@ def served() -> list[str]:
     return rows
 
 
+def packaged() -> list[str]:
+    """A row for each step, and what runs it, in the results of benchmarks/aoti_memory.py."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "aoti_memory.json").read_text())
+    ways = ("executor", "package", "package, glibc left alone", "eager")
+    return [
+        f"| {step} | {way} | {result[way]['bytes'] / 2**20:.0f} MiB | {result[way]['bytes'] / result['plan_bytes']:.2f}x |"
+        for step, result in document["result"].items()
+        for way in ways
+    ]
+
+
 def policies() -> list[str]:
     """A row for each policy in the results of benchmarks/cache_quality.py: differences to dense decoding."""
     tasks = json.loads((ROOT / "benchmarks" / "results" / "cache_quality.json").read_text())["tasks"]
@@ -221,6 +232,7 @@ def test_figures_are_the_benchmarks() -> None:
     assert table("Bundled checkpoints") == checkpoints()
     assert table("Many requests") == simulated()
     assert table("Many requests, served") == served()
+    assert table("AOTInductor and TensorRT") == packaged()
     assert table("What caching costs") == policies()
 
 
