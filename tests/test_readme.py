@@ -197,11 +197,12 @@ def packaged() -> list[str]:
     """A row for each step, and what runs it, in the results of benchmarks/aoti_memory.py."""
     document = json.loads((ROOT / "benchmarks" / "results" / "aoti_memory.json").read_text())
     ways = ("executor", "package", "package, glibc left alone", "eager")
-    return [
-        f"| {step} | {way} | {result[way]['bytes'] / 2**20:.0f} MiB | {result[way]['bytes'] / result['plan_bytes']:.2f}x |"
-        for step, result in document["result"].items()
-        for way in ways
-    ]
+    rows = []
+    for step, result in document["result"].items():
+        for way in ways:
+            taken = result[way]["bytes"]
+            rows.append(f"| {step} | {way} | {taken / 2**20:.0f} MiB | {taken / result['plan_bytes']:.2f}x |")
+    return rows
 
 
 def policies() -> list[str]:
