@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from dllmc.errors import ExportError
 from dllmc.export import aoti
 from dllmc.ir.program import PAGES
 from dllmc.runtime.batch import compose
@@ -42,7 +43,10 @@ def decode(export: aoti.Export, prompt: list[int], params: SamplingParams, cache
 @click.option("--trust", is_flag=True, help="Load the folder's native code: only if you know who made it.")
 def main(folder: Path, prompt: str, gen_length: int, trust: bool) -> None:
     """Decode one prompt with the export in FOLDER."""
-    export = aoti.load(folder, trust=trust)
+    try:
+        export = aoti.load(folder, trust=trust)
+    except ExportError as error:
+        raise click.ClickException(str(error)) from error
     tokenizer = load_tokenizer(export.artifact.path)
     params = SamplingParams(gen_length=gen_length, block_length=min(gen_length, 32))
     cache = CachePolicy() if export.artifact.program.caches else CachePolicy(mode="none")

@@ -229,6 +229,8 @@ def artifact_argument(command: F) -> F:
 def _an_artifact(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and not (path / "manifest.json").is_file():
         problem = "no artifact, for it has no manifest.json" if path.exists() else "no such directory"
+        if (path / "model.json").is_file():
+            problem = "an export, which is for another runtime"
         raise click.ClickException(f"{path}: {problem}; give a directory that `dllmc compile` wrote")
     return path
 

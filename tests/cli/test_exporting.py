@@ -21,6 +21,15 @@ def test_onnx(tiny_llada: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout) == {"out": str(out), "format": "onnx", "files": files, "report": ""}
 
 
+def test_an_export_is_not_served(tiny_llada: Path, tmp_path: Path) -> None:
+    """Dllmc opens what holds no code; what is an export is told apart from what is nothing."""
+    run("export", tiny_llada, "--format", "onnx", "--out", tmp_path / "out")
+    for command in ("generate", "verify", "inspect"):
+        result = run(command, tmp_path / "out")
+        assert result.exit_code == 2
+        assert "out: an export, which is for another runtime; give a directory that `dllmc compile`" in result.stderr
+
+
 def test_options_of_another_format_are_refused(tiny_llada: Path, tmp_path: Path) -> None:
     for form, option in (("onnx", "--dry-run"), ("aoti", "--logits"), ("tensorrt", "--keep-custom-ops")):
         result = run("export", tiny_llada, "--format", form, "--out", tmp_path / "out", option)
