@@ -51,7 +51,7 @@ def _check(program: Program, instruction: Instruction, sizes: Sizes, where: str)
         given = _given(instruction.op, [_resolved(program, sizes, operand) for operand in instruction.inputs])
         shapes.check_operands(instruction.op, given)
         made = shapes.results(instruction.op, given)
-    except (ValueError, IndexError, RuntimeError) as error:  # the last is of tensors that are too large for torch
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:  # the last two: sizes beyond torch's integers
         raise ProgramError(f"{where}: its operands do not fit the operator: {error!s:.300}") from error
     planned = [[dim.at(sizes) for dim in view.shape] for view in instruction.outputs]
     if made != planned:
