@@ -60,6 +60,10 @@ def changed(program: Program, group: str, name: str, **fields: Any) -> Program:
             "pages or more",
         ),
         (lambda p: replace(p, inputs={**p.inputs, "clock": Tensor("int64", ())}), "input 'clock': no engine has it"),
+        (
+            lambda p: replace(p, inputs={name: t for name, t in p.inputs.items() if name != "page_table"}),
+            "it has caches; expected an input 'page_table', found none",
+        ),
         (lambda p: replace(p, maxima={**p.maxima, PAGES: 5}), "its maxima .* are not those of"),
     ],
 )
