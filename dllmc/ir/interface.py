@@ -54,8 +54,8 @@ _TABLES: Mapping[str, tuple[tuple[int, ...], int]] = {
 
 def check(programs: Mapping[str, Program], spec: ModelSpec) -> None:
     """Whether an engine can run these programs. Raises `ProgramError` naming the program and what does not fit."""
-    if set(programs) not in ({"dense"}, set(PHASES)):
-        raise ProgramError(f"programs {sorted(programs)}: expected dense, or {', '.join(PHASES)}")
+    if set(programs) not in ({"dense"}, {"mixed"}, set(PHASES)):
+        raise ProgramError(f"programs {sorted(programs)}: expected dense, or mixed, or {', '.join(PHASES)}")
     for name, program in programs.items():
         for problem in _problems(program, spec):
             raise ProgramError(f"program {name!r}: {problem}")

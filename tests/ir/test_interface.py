@@ -81,10 +81,15 @@ def test_a_cache_of_another_layout_is_refused(served: Artifact) -> None:
         interface.check({**served.programs, **turned}, served.spec)
 
 
+def test_one_program_may_run_all_phases(served: Artifact) -> None:
+    """As it is compiled without specialize-phase; `mixed` alone then takes every step."""
+    interface.check({"mixed": served.programs["mixed"]}, served.spec)
+
+
 def test_a_part_of_the_phases_is_refused(served: Artifact) -> None:
     programs = {name: program for name, program in served.programs.items() if name != "reuse"}
     with pytest.raises(
-        ProgramError, match=r"programs \['dense', 'mixed', 'refresh'\]: expected dense, or dense, refresh"
+        ProgramError, match=r"programs \['dense', 'mixed', 'refresh'\]: expected dense, or mixed, or dense, refresh"
     ):
         interface.check(programs, served.spec)
 
