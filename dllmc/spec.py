@@ -33,7 +33,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         width = self.vocab_size
-        self._require(_is_int(width) and width >= 1, "vocab_size", "a positive integer")
+        self._require(_is_int(width) and 1 <= width < 1 << 31, "vocab_size", "a positive integer below 2**31")
         self._require(_is_id(self.mask_id, width), "mask_id", f"a token id in [0, {width})")
         ids_fit = isinstance(self.end_ids, tuple) and all(_is_id(i, width) for i in self.end_ids)
         self._require(ids_fit, "end_ids", f"a tuple of token ids in [0, {width})")

@@ -69,6 +69,13 @@ def test_a_hard_link(folder: Path) -> None:
     refuse(folder, f"{WEIGHTS}: a hard link: it could be changed elsewhere")
 
 
+def test_a_name_too_long_for_the_file_system(folder: Path) -> None:
+    long = "x" * 300
+    files = read_manifest(folder)["files"] | {long: {"bytes": 0, "sha256": "0" * 64}}
+    edit_manifest(folder, files=files, tokenizer=[long])
+    refuse(folder, "cannot be read: .*File name too long")
+
+
 def test_a_pipe_that_nobody_writes_to(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)

@@ -1,5 +1,6 @@
 """Artifacts that refer to a checkpoint's own safetensors: the same model, and nothing taken on trust."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import dllmc
 from dllmc import artifact
 from dllmc.errors import ArtifactError, ConfigError
-from tests.artifacts import edit_manifest, read_manifest, tree
+from tests.artifacts import edit_manifest, entry_of, read_manifest, tree
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llada"
 LINK = "../checkpoint/model.safetensors"
@@ -77,6 +78,20 @@ def test_a_checkpoint_of_another_dtype_is_cast_when_it_is_loaded(compiled: Path,
     loaded = written.load_weights()
     for name, recipe in written.manifest["recipes"].items():
         assert torch.equal(loaded[name], torch.cat([weights[part].float() for part in recipe])), name
+
+
+def test_tensors_that_nothing_is_made_of_are_not_read(folder: Path) -> None:
+    """Of whatever dtype: safetensors has some that torch has not."""
+    file = folder / "checkpoint" / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header, data = json.loads(file.read_bytes()[8 : 8 + length]), file.read_bytes()[8 + length :]
+    header["other"] = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [len(data), len(data) + 3]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data + bytes(3))
+    relink(folder / "linked", **entry_of(file.read_bytes()))
+    linked, copied = (artifact.read(folder / name).load_weights() for name in ("linked", "copied"))
+    assert linked.keys() == copied.keys()
+    assert all(torch.equal(weight, copied[name]) for name, weight in linked.items())
 
 
 def test_both_may_be_moved_together(folder: Path) -> None:

@@ -133,7 +133,10 @@ def read(path: str | Path, *, hash_weights: bool = True) -> Artifact:
     Nothing is run. `hash_weights` false: the bytes of the weights are trusted, for they take long to hash; all else is
     checked. Raises `ArtifactError` naming file and field.
     """
-    return _read(Path(path), Path(path), hash_weights)
+    try:
+        return _read(Path(path), Path(path), hash_weights)
+    except OSError as error:  # of a name that is too long for the file system, say
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
 def _read(path: Path, links_from: Path, hash_weights: bool) -> Artifact:

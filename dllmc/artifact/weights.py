@@ -4,7 +4,7 @@ A recipe says of which: the sources' concatenation along their first axis, in th
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import count
 from pathlib import Path
 
@@ -97,7 +97,9 @@ def load(
     own: Iterable[Path], linked: Iterable[Path], recipes: Recipes, programs: Iterable[Program]
 ) -> dict[str, torch.Tensor]:
     """Every weight by name: memory-mapped, where it is stored in its dtype and in one piece."""
-    weights, sources = _tensors(own), _tensors(linked)
+    programs = list(programs)
+    weights = _tensors(own, {name for program in programs for name in program.weights})
+    sources = _tensors(linked, {source for recipe in recipes.values() for source in recipe})
     for program in programs:
         for name in program.weights.keys() & recipes.keys() - weights.keys():
             parts = [sources[source] for source in recipes[name]]
@@ -143,11 +145,12 @@ def _made(where: str, name: str, recipe: Sequence[str], sources: _Stored, dtype:
     return [sum(shape[0] for shape in shapes), *shapes[0][1:]], dtype
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+def _tensors(files: Iterable[Path], wanted: Set[str]) -> dict[str, torch.Tensor]:
+    """Those of the files' tensors; a checkpoint may have others, in dtypes that torch has not."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118
+            for key in wanted & set(shard.keys()):
                 tensor = shard.get_tensor(key)
                 # a copy where a writer put it at an address that its element type does not allow
                 found[key] = tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()

@@ -54,8 +54,8 @@ _TABLES: Mapping[str, tuple[tuple[int, ...], int]] = {
 
 def check(programs: Mapping[str, Program], spec: ModelSpec) -> None:
     """Whether an engine can run these programs. Raises `ProgramError` naming the program and what does not fit."""
-    if set(programs) not in ({"dense"}, set(PHASES)):
-        raise ProgramError(f"programs {sorted(programs)}: expected dense, or {', '.join(PHASES)}")
+    if set(programs) not in ({"dense"}, {"mixed"}, set(PHASES)):
+        raise ProgramError(f"programs {sorted(programs)}: expected dense, or mixed, or {', '.join(PHASES)}")
     for name, program in programs.items():
         for problem in _problems(program, spec):
             raise ProgramError(f"program {name!r}: {problem}")
@@ -80,7 +80,9 @@ def _problems(program: Program, spec: ModelSpec) -> Iterator[str]:
         fixed = len(shape) == 5 and not any(dim.terms for axis, dim in enumerate(shape) if axis != 2)
         if not fixed or (shape[0], shape[2]) != _dims(2, PAGES) or shape[3] != Affine(max(program.page_tokens, 1)):
             yield f"cache {name!r}: expected [2, heads, pages, page tokens, head dim], found {_text('', shape)}"
-    if program.caches and "page_table" in program.inputs:
+    if program.caches and "page_table" not in program.inputs:
+        yield "it has caches; expected an input 'page_table', found none"
+    elif program.caches:
         width, pages = (
             program.inputs["page_table"].shape[1].constant,
             -(-program.maxima["tokens"] // program.page_tokens),

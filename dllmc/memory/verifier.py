@@ -5,7 +5,7 @@ are intact in it. Runs after planning and again whenever an artifact is loaded.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dllmc.errors import ProgramError
 from dllmc.ir.program import (
@@ -18,6 +18,7 @@ from dllmc.ir.program import (
     Affine,
     ForRows,
     Instruction,
+    Operand,
     Program,
     Tensor,
     View,
@@ -106,8 +107,10 @@ def _check_views(program: Program, instruction: Instruction, loop: ForRows | Non
         )
         if Affine() not in view.shape and any(stretched):
             raise ProgramError(f"{where} writes elements of {view.base!r} several times: strides {_text(view.strides)}")
-    numbers = [operand for operand in instruction.inputs if isinstance(operand, Affine)]
-    _check_symbols(numbers, SYMBOLS if loop is None else (*SYMBOLS, CHUNK, START), where)
+    known = SYMBOLS if loop is None else (*SYMBOLS, CHUNK)
+    for operand in instruction.inputs:
+        moves = loop is not None and isinstance(operand, Affine)  # those in lists are the same in all iterations
+        _check_symbols(_numbers(operand), (*known, START) if moves else known, where)
 
 
 def _replay(program: Program, instruction: Instruction, where: str, arena: "_Arena") -> None:
@@ -243,6 +246,15 @@ def _bytes_of(name: str, buffer: Tensor, program: Program) -> tuple[int, int]:
     return start, end
 
 
+def _numbers(operand: Operand) -> Iterator[Affine]:
+    """Every size among operands, those inside lists too."""
+    if isinstance(operand, Affine):
+        yield operand
+    elif isinstance(operand, tuple):
+        for item in operand:
+            yield from _numbers(item)
+
+
 def _check_symbols(affines: Iterable[Affine], known: Sequence[str], where: str) -> None:
     unknown = {symbol for affine in affines for symbol, _ in affine.terms} - set(known)
     if unknown:
@@ -255,8 +267,9 @@ def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None
     if loop is not None:
         sizes = {**sizes, START: loop.extent.at(sizes)}
     described = f"{where}: a view of {view.base!r} (shape {_text(view.shape)}, strides {_text(view.strides)})"
-    known = (*SYMBOLS, *(() if loop is None else (CHUNK, START)), *((PAGES,) if view.base in program.caches else ()))
-    _check_symbols((*view.shape, *view.strides, view.offset), known, described)
+    known = (*SYMBOLS, *(() if loop is None else (CHUNK,)), *((PAGES,) if view.base in program.caches else ()))
+    _check_symbols((view.offset,), known if loop is None else (*known, START), described)
+    _check_symbols((*view.shape, *view.strides), known, described)  # the same in iterations of as many rows
     if loop is None and program.is_chunk(view.base):
         raise ProgramError(f"{described} is used outside of the loop whose iterations write it")
     if min(part.least(sizes) for part in (*view.shape, *view.strides, view.offset)) < 0:

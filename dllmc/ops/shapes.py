@@ -66,6 +66,8 @@ OPERANDS: Mapping[str, Mapping[str, str]] = {
         "positions": "int64 [P]",
     },
 }
+# Operands that a call has all or none of.
+TOGETHER: Mapping[str, tuple[str, ...]] = {"dllmc.attention.default": ("cache", "cached", "page_table")}
 # What no pattern says: groups of heads are whole; tables of angles are as wide as a head or half as wide, and have a
 # row for each token where no positions pick them.
 CONDITIONS: Mapping[str, Callable[[Mapping[str, int]], bool]] = {
@@ -76,7 +78,10 @@ CONDITIONS: Mapping[str, Callable[[Mapping[str, int]], bool]] = {
 
 
 def check_operands(op: str, given: Given) -> None:
-    """Raise `ValueError` for operands that do not fit what `OPERANDS` and `CONDITIONS` say of the operator."""
+    """Raise `ValueError` for operands that do not fit what is said of the operator above."""
+    together = TOGETHER.get(op, ())
+    if len({given.get(name) is None for name in together}) > 1:
+        raise ValueError(f"expected {', '.join(together)}, or none of them")
     known: dict[str, int] = {}
     first: Tensor | None = None
     for name, pattern in OPERANDS.get(op, {}).items():

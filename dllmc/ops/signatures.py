@@ -51,8 +51,9 @@ def _check(program: Program, instruction: Instruction, sizes: Sizes, where: str)
         given = _given(instruction.op, [_resolved(program, sizes, operand) for operand in instruction.inputs])
         shapes.check_operands(instruction.op, given)
         made = shapes.results(instruction.op, given)
-    except (ValueError, IndexError, RuntimeError) as error:  # the last is of tensors that are too large for torch
-        raise ProgramError(f"{where}: its operands do not fit the operator: {error!s:.300}") from error
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:  # the last two: sizes beyond torch's integers
+        reason = str(error).partition("\n")[0]  # torch appends its own stack to some
+        raise ProgramError(f"{where}: its operands do not fit the operator: {reason:.300}") from error
     planned = [[dim.at(sizes) for dim in view.shape] for view in instruction.outputs]
     if made != planned:
         raise ProgramError(f"{where}: its results have the shapes {made}, but it writes {planned}"[:400])

@@ -58,6 +58,7 @@ class Block:
 
     def __init__(self, size_bytes: int) -> None:
         self.bytes = torch.zeros(size_bytes, dtype=torch.uint8)
+        self.bytes.numpy()  # torch resizes an `out=` of the wrong shape, but no memory that numpy has seen
         self._views: dict[str, torch.Tensor] = {}
 
     def of(self, dtype: str) -> torch.Tensor:

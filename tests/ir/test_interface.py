@@ -60,6 +60,10 @@ def changed(program: Program, group: str, name: str, **fields: Any) -> Program:
             "pages or more",
         ),
         (lambda p: replace(p, inputs={**p.inputs, "clock": Tensor("int64", ())}), "input 'clock': no engine has it"),
+        (
+            lambda p: replace(p, inputs={name: t for name, t in p.inputs.items() if name != "page_table"}),
+            "it has caches; expected an input 'page_table', found none",
+        ),
         (lambda p: replace(p, maxima={**p.maxima, PAGES: 5}), "its maxima .* are not those of"),
     ],
 )
@@ -77,10 +81,15 @@ def test_a_cache_of_another_layout_is_refused(served: Artifact) -> None:
         interface.check({**served.programs, **turned}, served.spec)
 
 
+def test_one_program_may_run_all_phases(served: Artifact) -> None:
+    """As it is compiled without specialize-phase; `mixed` alone then takes every step."""
+    interface.check({"mixed": served.programs["mixed"]}, served.spec)
+
+
 def test_a_part_of_the_phases_is_refused(served: Artifact) -> None:
     programs = {name: program for name, program in served.programs.items() if name != "reuse"}
     with pytest.raises(
-        ProgramError, match=r"programs \['dense', 'mixed', 'refresh'\]: expected dense, or dense, refresh"
+        ProgramError, match=r"programs \['dense', 'mixed', 'refresh'\]: expected dense, or mixed, or dense, refresh"
     ):
         interface.check(programs, served.spec)
 

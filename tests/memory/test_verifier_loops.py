@@ -265,7 +265,16 @@ MIXED = View("x", (CHUNK, Affine(5)), shape(4, 1), Affine(0, (("start", 4),)))
         # sizes of an iteration mean nothing outside
         (
             looped(([X], [])),
-            r"instruction 0 .*: expected the sizes tokens, .*segments, active, found chunk, start",
+            r"instruction 0 .*: expected the sizes tokens, .*segments, active, found start",
+        ),
+        # iterations of as many rows differ in where their views begin, not in shapes
+        (
+            looped(MAKE_X, [([replace(C, shape=(START + Affine(1), Affine(4)))], [])]),
+            r"instruction 1 .*'c' .*: expected the sizes .*chunk, found start",
+        ),
+        (
+            looped(MAKE_X, [([replace(C, strides=(START, Affine(1)))], [])]),
+            r"instruction 1 .*'c' .*: expected the sizes .*chunk, found start",
         ),
         (looped(MAKE_X, x=at(0, Affine(0, (("start", 1),)), 4)), "'x': expected the sizes .*chunk, found start"),
     ],
@@ -275,6 +284,14 @@ def test_what_goes_wrong_in_a_loop_is_refused(bad: Program, message: str) -> Non
     refuse(bad, message)
     if "start" not in message:
         assert any(Replay(bad, sizes).fault() for sizes in STEPS)
+
+
+def test_sizes_in_lists_are_those_that_are_known() -> None:
+    """Of the step outside of loops; within, those that are the same in iterations of as many rows."""
+    call = Instruction("copy", ((Affine(1), START),), (C,))
+    refuse(replace(looped(), instructions=(ForRows(TOKENS, (call,)),)), "instruction 0 .*chunk, found start")
+    outside = replace(call, inputs=((Affine(1), CHUNK),), outputs=(ALL_X,))
+    refuse(replace(looped(), instructions=(outside,)), "instruction 0 .*active, found chunk")
 
 
 def test_rows_of_the_last_short_chunk_are_within_bounds() -> None:

@@ -42,6 +42,7 @@ def test_a_spec_has_defaults_for_shift_and_length() -> None:
     ("field", "value"),
     [
         ("vocab_size", 0),
+        ("vocab_size", 1 << 31),
         ("vocab_size", True),
         ("vocab_size", 8.0),
         ("mask_id", 8),

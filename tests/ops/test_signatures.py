@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import Instruction, Operand, Program, Tensor, View
+from dllmc.ir.program import Affine, Instruction, Operand, Program, Tensor, View
 from dllmc.ops import elementwise, shapes, signatures
 from dllmc.ops.registry import OPERATORS
 from tests.programs import ROWS, TOKENS, planned, program, tensor, whole
@@ -129,6 +129,7 @@ def test_a_right_call_is_let_through() -> None:
         ({"cache": tensor(2, 2, 3, 16, 4)}, r"expected cache as x \[2, H, P, N, D\]"),
         ({"cache": tensor(1, 2, 3, 16, 8)}, r"expected cache as x \[2, H, P, N, D\]"),
         ({"page_table": tensor(2, dtype="int64")}, r"expected page_table as int64 \[S, B\]"),
+        ({"cached": None, "page_table": None}, "expected cache, cached, page_table, or none of them"),
         ({"q": None}, "operand 0, q: expected a Tensor, found None"),
     ],
 )
@@ -145,6 +146,16 @@ def test_a_result_of_another_shape_is_refused() -> None:
         made = one_call("aten.linear.default", views, tensor(rows, 4), {"x": x, "weight": weight})
         with pytest.raises(ProgramError, match=r"its results have the shapes \[\[\d, 4\]\], but it writes"):
             signatures.check(made)
+
+
+def test_a_stride_beyond_64_bits_is_refused() -> None:
+    """No element is that far, since there is one alone."""
+    x = tensor(9)
+    view = View("x", (Affine(1),), (Affine(1 << 62, (("tokens", 1 << 62),)),))
+    with pytest.raises(
+        ProgramError, match=r"^instruction 0 \(copy\): its operands do not fit the operator: .*Overflow.*$"
+    ):
+        signatures.check(one_call("copy", [view], tensor(1), {"x": x}))
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:
