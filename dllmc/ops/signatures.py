@@ -15,7 +15,8 @@ from dllmc.ir.program import CHUNK, LEAST, START, Affine, DType, ForRows, Instru
 from dllmc.ops import elementwise, shapes
 from dllmc.ops.registry import POINTWISE, operator
 
-# The sizes of a small step, none of which is like another; together with the largest they tell affine shapes apart.
+# The sizes of a small step, none of which is like another. Shapes that agree there and at the largest may still differ
+# between: then a step fails when it is bound, in its own memory.
 _SMALL = {"tokens": 29, "rows": 11, "guided": 3, "segments": 5, "active": 17, "pages": 13, CHUNK: 7}
 
 # What torch calls the kind of a parameter -> whether a value is of it.
