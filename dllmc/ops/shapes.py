@@ -181,12 +181,15 @@ def _selected(given: Given) -> list[Shape]:
 
 
 def _product(given: Given) -> list[Shape]:
+    """Of batches alike, or of one matrix with each of a batch: torch would copy batches to stretch them."""
     a, b = (list(given[name].shape) for name in ("self", "other"))
     if not a or not b:
         raise ValueError("a product of a number")
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
     if a[-1] != b[-min(2, len(b))]:
         raise ValueError(f"{a} by {b}")
+    if min(len(a), len(b)) > 2 and a[:-2] != b[:-2]:
+        raise ValueError(f"expected batches of one shape, found {a} by {b}")
     return [_broadcast([a[:-2], b[:-2]]) + rows + columns]
 
 

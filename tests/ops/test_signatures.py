@@ -68,7 +68,10 @@ def test_shapes_are_those_that_torch_gives(call: tuple[str, list[Any]]) -> None:
         result = function_of(name)(*operands[:count], **dict(zip(options, operands[count:], strict=True)))
     except (RuntimeError, IndexError):
         assume(False)
-    assume(name != "aten.linear.default" or operands[1].dim() == 2)  # programs have no linear of a vector
+    if name == "aten.linear.default":  # programs have none of a vector, or with a bias that is stretched
+        assume(operands[1].dim() == 2 and (operands[2] is None or operands[2].shape == operands[1].shape[:1]))
+    if name == "aten.matmul.default" and min(x.dim() for x in operands) > 2:
+        assume(operands[0].shape[:-2] == operands[1].shape[:-2])
     operands = [operand.to("meta") if isinstance(operand, torch.Tensor) else operand for operand in operands]
     given = signatures._given(name, operands)
     shapes.check_operands(name, given)
@@ -177,3 +180,11 @@ def test_views_in_lists_are_checked() -> None:
     signatures.check(one_call("aten.cat.default", [views, 0], tensor(TOKENS + TOKENS, 8), {"x": x}))
     with pytest.raises(ProgramError, match="operand 0, tensors: expected a List"):
         signatures.check(one_call("aten.cat.default", [(views[0], 3), 0], tensor(TOKENS, 8), {"x": x}))
+
+
+def test_batches_of_a_product_are_not_stretched() -> None:
+    """Torch would copy both, far beyond the memory that a program declares."""
+    a, b = tensor(6, 1, 1, 8), tensor(1, 6, 8, 1)
+    made = one_call("aten.matmul.default", [whole("a", a), whole("b", b)], tensor(6, 6, 1, 1), {"a": a, "b": b})
+    with pytest.raises(ProgramError, match=r"expected batches of one shape, found \[6, 1, 1, 8\] by \[1, 6, 8, 1\]"):
+        signatures.check(made)
