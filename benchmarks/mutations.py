@@ -344,6 +344,58 @@ def _loop(program: Any, draw: random.Random) -> str:
     return f"a loop at {at}"
 
 
+def _wide_loop(program: Any, draw: random.Random) -> str:
+    """A loop of many rounds, in each of which one element is copied into many of a chunk that nothing reads."""
+    rounds, shown = draw.choice((1, 1 << 10, 1 << 16, 1 << 40)), draw.choice((1, 64, 1 << 12, 1 << 20))
+    source = draw.choice(list(program["weights"]))
+    row = {"shape": [{"chunk": 1}, shown], "strides": [shown, 1], "offset": 0}
+    program["maxima"].setdefault("chunk", 1)
+    program["buffers"]["%wide"] = {
+        "dtype": program["weights"][source]["dtype"],
+        **{"shape": row["shape"], "offset": program["arena_bytes"] // 64 * 64, "lifetime": [0, 1]},
+    }
+    program["arena_bytes"] += 4 * shown * program["maxima"]["chunk"] + 64
+    for name, buffer in program["buffers"].items():
+        if name != "%wide" and buffer.get("lifetime"):
+            buffer["lifetime"] = [number + 1 for number in buffer["lifetime"]]
+    call = {"op": "copy", "workspace": None, "source": ""}
+    call |= {"inputs": [{**row, "view": source, "strides": [0, 0]}], "outputs": [{**row, "view": "%wide"}]}
+    program["instructions"].insert(0, {"for_rows": {"tokens": rounds}, "body": [call]})
+    return f"a loop of {rounds} rounds a token that copies {shown} elements"
+
+
+def _fits_at_times(program: Any, draw: random.Random) -> str:
+    """A dimension of a view that is as before in the largest step, or in the smallest, and in no other."""
+    most = program["maxima"]
+    view = draw.choice(
+        [view for view in _views(program) if any(isinstance(dim, dict) for dim in view.get("shape", ()))]
+    )
+    axis = draw.choice([axis for axis, dim in enumerate(view["shape"]) if isinstance(dim, dict)])
+    dim = {"constant": 0, **view["shape"][axis]}
+    sizes = draw.choice((most, dict.fromkeys(most, 1)))
+    fixed = dim["constant"] + sum(times * sizes.get(size, 0) for size, times in dim.items())
+    view["shape"] = [*view["shape"]]
+    view["shape"][axis] = draw.choice((fixed, {"constant": fixed - sizes["rows"], "rows": 1}))
+    return f"a view of {view['view']} as long as at {'most' if sizes is most else 'least'}"
+
+
+def _other_table(program: Any, draw: random.Random) -> str:
+    """Where an operator is told by a table what to read, another table of the step, or a part of the same one."""
+    calls = [call for call in _calls(program) if call["op"].startswith("dllmc.")]
+    tables = [operand for call in calls for operand in call["inputs"] if isinstance(operand, dict)]
+    table = draw.choice([each for each in tables if each.get("view") in program["inputs"]])
+    name = table["view"]
+    alike = [other for other, tensor in program["inputs"].items() if tensor == program["inputs"][name]]
+    if draw.random() < 0.5:
+        table["view"] = draw.choice(alike)
+    else:
+        whole = program["inputs"][name]["shape"]
+        width = whole[1] if len(whole) > 1 else 1
+        table |= {"shape": whole, "strides": [width, 1][: len(whole)], "offset": draw.choice((0, 1))}
+        table |= {"shape": [1, *whole[1:]]} if draw.random() < 0.5 else {"strides": [0] * len(whole)}
+    return f"{name} is {table}"
+
+
 def _other_maximum(program: Any, draw: random.Random) -> str:
     size = draw.choice(list(program["maxima"]))
     program["maxima"][size] = draw.choice((1, 2, program["maxima"][size] * 2, 1 << 20, 1 << 40))
@@ -405,7 +457,7 @@ _GROUPS = ("inputs", "weights", "buffers", "caches")
 _REWRITES: dict[str, tuple[Rewrite, ...]] = {
     "programs": (
         *(_move_buffer, _resize_buffer, _shorten_life, _reorder, _drop, _retarget, _restride, _other_operator),
-        *(_odd_constant, _many_dimensions, _written_again),
+        *(_odd_constant, _many_dimensions, _written_again, _wide_loop, _fits_at_times, _other_table),
         *(_other_operand, _other_output, _other_workspace, _loop, _other_maximum, _other_return, _no_plan),
     )
 }

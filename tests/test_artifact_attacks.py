@@ -145,13 +145,30 @@ def test_a_program_that_reaches_beyond(folder: Path, change: Callable[[Any], obj
     refuse(folder, message)
 
 
-def test_a_loop_that_never_ends(folder: Path) -> None:
-    def change(document: Any) -> None:
-        document["maxima"]["chunk"] = 1
-        document["instructions"][0] = {"for_rows": {"tokens": FOREVER}, "body": [document["instructions"][0]]}
+def loop(document: Any, times: int, shown: int) -> None:
+    """A loop of so many rounds a token, each of which copies so many elements, all of them the same one."""
+    call = document["instructions"][0]
+    row = {"shape": [{"chunk": 1}, shown], "strides": [shown, 1], "offset": 0}
+    copied = {"inputs": [{**row, "view": "w", "strides": [0, 0]}], "outputs": [{**row, "view": "%c"}]}
+    document["maxima"]["chunk"] = 1
+    document["instructions"].insert(0, {"for_rows": {"tokens": times}, "body": [{**call, **copied}]})
+    for buffer in document["buffers"].values():
+        buffer["lifetime"] = [number + 1 for number in buffer["lifetime"]]
+    document["buffers"]["%c"] = {**document["buffers"]["%a"], "shape": row["shape"], "lifetime": [0, 1]}
 
-    forge(folder, change)
-    refuse(folder, rf"the largest step makes {9 * FOREVER + 1} calls, more than \d+")
+
+def test_a_loop_that_ends(folder: Path) -> None:
+    forge(folder, lambda document: loop(document, 1, 4))
+    artifact.read(folder)
+
+
+@pytest.mark.parametrize(("times", "shown"), [(FOREVER, 1), (1 << 16, 16)])
+def test_a_loop_that_never_ends(folder: Path, times: int, shown: int) -> None:
+    """By its rounds; or neither these are many nor what one looks at, but both together."""
+    forge(folder, lambda document: loop(document, times, shown))
+    rounds = 9 * times
+    looked = 2 * rounds * shown + 4 * 6
+    refuse(folder, rf"the largest step makes {rounds + 2} calls that look at {looked} elements; expected")
 
 
 def test_a_view_that_shows_one_element_forever(folder: Path) -> None:
@@ -162,7 +179,7 @@ def test_a_view_that_shows_one_element_forever(folder: Path) -> None:
         document["instructions"][1]["inputs"] = [view]
 
     forge(folder, change)
-    refuse(folder, rf"shows {FOREVER} elements, more than the program has bytes of memory")
+    refuse(folder, r"the largest step makes 2 calls that look at \d+ elements; expected at most \d+, and \d+, 4096")
 
 
 def test_weights_of_another_shape(folder: Path) -> None:

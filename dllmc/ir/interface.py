@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import PAGES, Affine, Program, Shape, Tensor, View
+from dllmc.ir.program import PAGES, Affine, Program, Shape, Tensor, View, dense_strides
 from dllmc.ops.keep import KEEPING_FIELDS
+from dllmc.ops.signatures import operands
 from dllmc.spec import MAX_SUPPRESS_TOKENS, ModelSpec
 
 PHASES = ("dense", "refresh", "reuse", "mixed")
@@ -46,9 +47,30 @@ OUTPUTS: Mapping[str, str] = {"token": "int64", "confidence": "float32", "logpro
 """Each [rows]."""
 
 # What a table must have a row for: operator -> the operands that are tables, and the one that picks rows.
-_TABLES: Mapping[str, tuple[tuple[int, ...], int]] = {
-    "aten.embedding.default": ((0,), 1),
-    "dllmc.rope.default": ((1, 2), 3),
+_TABLES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "aten.embedding.default": (("weight",), "indices"),
+    "dllmc.rope.default": (("cos", "sin"), "positions"),
+}
+# Operators that read memory where a table says, and trust it: operator -> operand -> the inputs that it may be.
+_TRUSTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "dllmc.attention.default": {
+        "spans": ("segments", "row_spans"),
+        "segments": ("segments",),
+        "cached": ("cached",),
+        "page_table": ("page_table",),
+    },
+    "dllmc.keep.default": {"segments": ("segments",), "keeping": ("keeping",), "page_table": ("page_table",)},
+    "dllmc.decode_head.default": {"row_segment": ("row_segment",)},
+    "dllmc.guide_rows.default": {"guided": ("guided",)},
+}
+# And what these tables count: operator -> size of a step -> the operands that have as many rows.
+_COUNTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "dllmc.attention.default": {"tokens": ("k", "v")},
+    "dllmc.keep.default": {"tokens": ("k", "v"), "active": ("q",)},
+    "dllmc.decode_head.default": {
+        "segments": ("temperature", "top_k", "top_p", "confidence_rule", "seed", "step", "suppressed")
+    },
+    "dllmc.guide_rows.default": {"guided+rows": ("hidden",)},
 }
 
 
@@ -90,13 +112,36 @@ def _problems(program: Program, spec: ModelSpec) -> Iterator[str]:
         if width < pages:
             yield f"input 'page_table': expected {pages} pages or more a segment, found {width}"
     rows = {"token_ids": spec.vocab_size, "positions": min(spec.max_positions, program.maxima["tokens"])}
-    for call in (call for call, _ in program.calls() if call.op in _TABLES):
-        tables, index = _TABLES[call.op]
-        picks = call.inputs[index] if index < len(call.inputs) else None
-        if isinstance(picks, View) and picks.base in rows:
-            views = [view for at in tables if isinstance(view := call.inputs[at], View)]
-            if (held := min(view.shape[0].least(program.maxima) for view in views)) < rows[picks.base]:
-                yield f"{call.op} looks up {picks.base}: expected {rows[picks.base]} rows or more, found {held}"
+    for call, _ in program.calls():
+        views = {name: view for name, view in operands(call) if isinstance(view, View)}
+        tables, picks = _TABLES.get(call.op, ((), ""))
+        base = views[picks].base if picks in views else ""
+        held = min((views[table].shape[0].least(program.maxima) for table in tables), default=0)
+        if held < rows.get(base, 0):
+            yield f"{call.op} looks up {base}: expected {rows[base]} rows or more, found {held}"
+        for name, inputs in _TRUSTED.get(call.op, {}).items():
+            if name in views and not any(_is_input(program, views[name], each) for each in inputs):
+                yield f"{call.op}: expected {name} to be {' or '.join(inputs)} of the step, found {views[name].base!r}"
+        for size, counted in _COUNTED.get(call.op, {}).items():
+            for name in counted:
+                if (shape := views[name].shape)[:1] != _dims(size):
+                    yield f"{call.op}: expected {name} with {size} rows, found {_text('', shape)}"
+        if "cache" in views and views["cache"] not in [_whole(*cache) for cache in program.caches.items()]:
+            yield f"{call.op}: expected a whole cache, found a view of {views['cache'].base!r}"
+
+
+def _is_input(program: Program, view: View, name: str) -> bool:
+    """Whether a view is an input, or rows of it."""
+    if view.base != name:
+        return False
+    whole = _whole(name, program.inputs[name])
+    row = whole.strides[0].constant
+    at_a_row = not any(number % row for number in (view.offset.constant, *(n for _, n in view.offset.terms)))
+    return (view.shape[1:], view.strides) == (whole.shape[1:], whole.strides) and at_a_row
+
+
+def _whole(name: str, tensor: Tensor) -> View:
+    return View(name, tensor.shape, dense_strides(tensor.shape))
 
 
 def _input(name: str, tensor: Tensor) -> tuple[str, Shape] | None:

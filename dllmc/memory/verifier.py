@@ -29,10 +29,11 @@ from dllmc.ir.program import (
 from dllmc.ir.views import apart, coincide
 from dllmc.ops.registry import OPERATORS
 
-# A step makes no more calls, and no view shows more elements than this, or than there are bytes of memory: what does
-# could take forever, though it takes no memory.
+# A step makes no more calls, and these look at no more elements for each byte of the program's memory: what does could
+# take forever, though it takes no memory. Every round of a loop looks at the weights of its body, so that steps in the
+# smallest chunks come nearest to the second.
 MAX_CALLS = 1 << 22
-MAX_ELEMENTS = 1 << 24
+MAX_PASSES = 1 << 12
 
 _CHUNK, _START = (Affine(0, ((symbol, 1),)) for symbol in (CHUNK, START))
 
@@ -50,7 +51,6 @@ def verify(program: Program) -> None:
     for name, tensor in (program.inputs | program.weights | program.buffers | program.caches).items():
         _check_shape(name, tensor, program)
     _check_lifetimes(program)
-    _check_calls(program)
     ranges = {name: _bytes_of(name, buffer, program) for name, buffer in program.buffers.items()}
     arena = _Arena(ranges)
     index = 0
@@ -65,6 +65,7 @@ def verify(program: Program) -> None:
         else:
             _replay_loop(program, loop, places, arena)
         index += len(body)
+    _check_work(program)
     for name, view in program.outputs.items():
         _check_bounds(program, view, f"output {name!r}")
         if view.base in ranges:
@@ -88,14 +89,22 @@ def _check_lifetimes(program: Program) -> None:
                 raise ProgramError(f"buffer {name!r} is alive [{first}, {end}), but {used}")
 
 
-def _check_calls(program: Program) -> None:
-    """The largest step ends: its loops go round a bearable number of times."""
-    calls = 0
+def _check_work(program: Program) -> None:
+    """The largest step ends: it makes a bearable number of calls, which look at a bearable number of elements."""
+    calls, shown = 0, 0
     for item in program.instructions:
-        rounds = 1 if isinstance(item, Instruction) else -(-item.extent.at(program.maxima) // program.maxima[CHUNK])
-        calls += rounds * (1 if isinstance(item, Instruction) else len(item.body))
-    if calls > MAX_CALLS:
-        raise ProgramError(f"the largest step makes {calls} calls, more than {MAX_CALLS}; compile with larger chunks")
+        body, rounds = (item,) if isinstance(item, Instruction) else item.body, 1
+        if isinstance(item, ForRows):
+            rounds = -(-item.extent.at(program.maxima) // program.maxima[CHUNK])
+        views = [view for call in body for view in (*call.reads(), *call.outputs)]
+        calls += rounds * len(body)
+        shown += rounds * sum(math.prod(dim.at(program.maxima) for dim in view.shape) for view in views)
+    most = MAX_PASSES * _bytes_in_all(program)
+    if calls > MAX_CALLS or shown > most:
+        raise ProgramError(
+            f"the largest step makes {calls} calls that look at {shown} elements; expected at most {MAX_CALLS}, and "
+            f"{most}, {MAX_PASSES} for each byte of the program's memory; compile with larger chunks"
+        )
 
 
 def _check_views(program: Program, instruction: Instruction, loop: ForRows | None, where: str) -> None:
@@ -276,9 +285,6 @@ def _check_bounds(program: Program, view: View, where: str, loop: ForRows | None
         raise ProgramError(f"{described} has a negative size, stride or offset {view.offset}")
     if Affine() in view.shape:
         return
-    elements = math.prod(dim.at(sizes) for dim in view.shape)
-    if elements > MAX_ELEMENTS and elements > _bytes_in_all(program):
-        raise ProgramError(f"{described} shows {elements} elements, more than the program has bytes of memory")
     last = view.offset
     try:
         count = element_count(tensor.shape)

@@ -2,18 +2,43 @@
 
 Torch's own rules, again: those that torch has for tensors without memory load its compiler. And those of dllmc's
 operators, which read memory by the shapes that their files state.
+
+Where a dimension grows with a step it is an `Affine` of the step's sizes, and equal to another only where both are the
+same whatever the sizes: what fits here fits in every step.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
 
+from dllmc.ir.program import Affine
 from dllmc.ops.keep import KEEPING_FIELDS
 
 Given = Mapping[str, Any]
-Shape = list[int]
+Dim = int | Affine
+Shape = list[Dim]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as rules see it. `shape`: dimensions that are the same in every step are ints."""
+
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+
+
+def dim_of(size: Affine) -> Dim:
+    """A dimension, as an int where it does not grow with a step."""
+    return size if size.terms else size.constant
+
+
+def affine_of(dim: Dim) -> Affine:
+    """And back."""
+    return Affine(dim) if isinstance(dim, int) else dim
+
 
 # Parameter -> dtype and dimensions. "x": the dtype of the first operand; letters: the same number wherever they stand.
 _NORM = {"x": "float [..., W]", "residual": "x [..., W]", "weight": "float [W]", "bias": "float [W]"}
@@ -70,7 +95,7 @@ OPERANDS: Mapping[str, Mapping[str, str]] = {
 TOGETHER: Mapping[str, tuple[str, ...]] = {"dllmc.attention.default": ("cache", "cached", "page_table")}
 # What no pattern says: groups of heads are whole; tables of angles are as wide as a head or half as wide, and have a
 # row for each token where no positions pick them.
-CONDITIONS: Mapping[str, Callable[[Mapping[str, int]], bool]] = {
+CONDITIONS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "dllmc.attention.default": lambda n: n["H"] > 0 and n["G"] % n["H"] == 0,
     "dllmc.keep.default": lambda n: n["H"] > 0 and n["G"] % n["H"] == 0,
     "dllmc.rope.default": lambda n: n["D"] % 2 == 0 and n["D"] in (n["E"], 2 * n["E"]) and n.get("P", n["M"]) == n["T"],
@@ -82,8 +107,8 @@ def check_operands(op: str, given: Given) -> None:
     together = TOGETHER.get(op, ())
     if len({given.get(name) is None for name in together}) > 1:
         raise ValueError(f"expected {', '.join(together)}, or none of them")
-    known: dict[str, int] = {}
-    first: Tensor | None = None
+    known: dict[str, Dim] = {}
+    first: Operand | None = None
     for name, pattern in OPERANDS.get(op, {}).items():
         tensor = given.get(name)
         if tensor is None:
@@ -99,32 +124,38 @@ def check_operands(op: str, given: Given) -> None:
         ]
         if len(shape) != len(dims) or wanted != shape or not _is(tensor, dtype, first):
             sizes = ", ".join(f"{dim} = {n}" for dim, n in known.items())
-            raise ValueError(f"expected {name} as {pattern} where {sizes}, found {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(f"expected {name} as {pattern} where {sizes}, found {tensor.dtype} {text(tensor.shape)}")
     if op in CONDITIONS and not CONDITIONS[op](known):
-        raise ValueError(f"expected heads and angles that fit each other, found {known}")
+        found = ", ".join(f"{dim} = {n}" for dim, n in known.items())
+        raise ValueError(f"expected heads and angles that fit each other, found {found}")
 
 
 def results(op: str, given: Given) -> list[Shape]:
     """The shapes of what a call writes. Raises `ValueError` or `IndexError` for operands that do not fit."""
     if op in _RESULTS:
         return _RESULTS[op](given)
-    return [_broadcast([list(value.shape) for value in given.values() if isinstance(value, Tensor)])]
+    return [_broadcast([list(value.shape) for value in given.values() if isinstance(value, Operand)])]
 
 
-def _is(tensor: Tensor, dtype: str, first: Tensor) -> bool:
+def text(shape: Sequence[Dim]) -> str:
+    """A shape for people."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _is(tensor: Operand, dtype: str, first: Operand) -> bool:
     if dtype == "float":
-        return tensor.is_floating_point()
+        return tensor.dtype.is_floating_point
     return tensor.dtype == first.dtype if dtype == "x" else str(tensor.dtype) == f"torch.{dtype}"
 
 
 def _broadcast(shapes: Sequence[Shape]) -> Shape:
     rank = max(map(len, shapes))
-    padded = [[1] * (rank - len(shape)) + shape for shape in shapes]
-    out = []
+    padded: list[Shape] = [[*[1] * (rank - len(shape)), *shape] for shape in shapes]
+    out: Shape = []
     for sizes in zip(*padded, strict=True):
         distinct = set(sizes) - {1}
         if len(distinct) > 1:
-            raise ValueError(f"shapes {shapes} do not broadcast")
+            raise ValueError(f"shapes {' and '.join(map(text, shapes))} do not broadcast")
         out.append(distinct.pop() if distinct else 1)
     return out
 
@@ -153,14 +184,15 @@ def _normed(given: Given) -> list[Shape]:
     shape, trailing = list(given["input"].shape), given["normalized_shape"]
     affine = [list(given[name].shape) for name in ("weight", "bias") if given.get(name) is not None]
     if not trailing or shape[-len(trailing) :] != trailing or any(each != trailing for each in affine):
-        raise ValueError(f"normalized_shape {trailing} does not fit {shape} and {affine}")
+        found = ", ".join(map(text, [shape, *affine]))
+        raise ValueError(f"normalized_shape {trailing} does not fit {found}")
     return [shape]
 
 
 def _stacked(given: Given) -> list[Shape]:
     shapes = [list(tensor.shape) for tensor in given["tensors"]]
     if not shapes or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"expected tensors of one shape, found {shapes}")
+        raise ValueError(f"expected tensors of one shape, found {', '.join(map(text, shapes))}")
     axis = _axis(given.get("dim", 0), len(shapes[0]) + 1)
     return [[*shapes[0][:axis], len(shapes), *shapes[0][axis:]]]
 
@@ -170,8 +202,9 @@ def _concatenated(given: Given) -> list[Shape]:
     axis = _axis(given.get("dim", 0), len(shapes[0]) if shapes else 0)
     rests = [[*shape[:axis], *shape[axis + 1 :]] for shape in shapes]
     if any(rest != rests[0] for rest in rests):
-        raise ValueError(f"expected tensors that differ along {axis} alone, found {shapes}")
-    return [[*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :]]]
+        raise ValueError(f"expected tensors that differ along {axis} alone, found {', '.join(map(text, shapes))}")
+    whole = dim_of(sum((affine_of(shape[axis]) for shape in shapes), Affine()))
+    return [[*shapes[0][:axis], whole, *shapes[0][axis + 1 :]]]
 
 
 def _selected(given: Given) -> list[Shape]:
@@ -187,17 +220,19 @@ def _product(given: Given) -> list[Shape]:
         raise ValueError("a product of a number")
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
     if a[-1] != b[-min(2, len(b))]:
-        raise ValueError(f"{a} by {b}")
+        raise ValueError(f"{text(a)} by {text(b)}")
     if min(len(a), len(b)) > 2 and a[:-2] != b[:-2]:
-        raise ValueError(f"expected batches of one shape, found {a} by {b}")
+        raise ValueError(f"expected batches of one shape, found {text(a)} by {text(b)}")
     return [_broadcast([a[:-2], b[:-2]]) + rows + columns]
 
 
 def _guided(given: Given) -> list[Shape]:
-    rows, width = given["hidden"].shape
-    if rows < len(given["guided"]):
-        raise ValueError(f"{len(given['guided'])} twins of {rows} rows")
-    return [[rows - len(given["guided"]), width]]
+    """Twins are fewer than rows in every step: what is left of the rows never shrinks."""
+    (rows, width), (twins,) = given["hidden"].shape, given["guided"].shape
+    left = affine_of(rows) - affine_of(twins)
+    if min(left.constant, *(coefficient for _, coefficient in left.terms)) < 0:
+        raise ValueError(f"{twins} twins of {rows} rows")
+    return [[dim_of(left), width]]
 
 
 _RESULTS: Mapping[str, Callable[[Given], list[Shape]]] = {
@@ -218,7 +253,7 @@ _RESULTS: Mapping[str, Callable[[Given], list[Shape]]] = {
     "dllmc.add_layer_norm.default": lambda given: [_same(given, "x", "residual")] * 2,
     "dllmc.add_rms_norm.default": lambda given: [_same(given, "x", "residual")] * 2,
     "dllmc.attention.default": lambda given: [list(given["q"].shape)],
-    "dllmc.decode_head.default": lambda given: [[len(given["hidden"])]] * 3,
+    "dllmc.decode_head.default": lambda given: [[given["hidden"].shape[0]]] * 3,
     "dllmc.glu.default": lambda given: [_same(given, "gate", "up")],
     "dllmc.guide_rows.default": _guided,
     "dllmc.keep.default": lambda given: [list(given["cache"].shape)],
@@ -230,5 +265,5 @@ _RESULTS: Mapping[str, Callable[[Given], list[Shape]]] = {
 def _same(given: Given, *names: str) -> Shape:
     first, *others = (list(given[name].shape) for name in names)
     if any(other != first for other in others):
-        raise ValueError(f"expected {' and '.join(names)} of one shape, found {[first, *others]}")
+        raise ValueError(f"expected {' and '.join(names)} of one shape, found {', '.join(map(text, [first, *others]))}")
     return first

@@ -1,31 +1,28 @@
 """Whether a program's calls are such as their operators take; programs come from files that anyone may have written.
 
-Each call is tried at two sizes of a step on tensors without memory: operands of the kinds in the operator's schema, in
-shapes that fit (`dllmc.ops.shapes`), results as planned, a workspace that suffices.
+Operands are of the kinds in the operator's schema, in shapes that fit whatever the sizes of a step
+(`dllmc.ops.shapes`), results as planned, and the largest step's workspace suffices.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import CHUNK, LEAST, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import CHUNK, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
 from dllmc.ops import elementwise, shapes
 from dllmc.ops.registry import POINTWISE, operator
 
-# The sizes of a small step, none of which is like another. Shapes that agree there and at the largest may still differ
-# between: then a step fails when it is bound, in its own memory.
-_SMALL = {"tokens": 29, "rows": 11, "guided": 3, "segments": 5, "active": 17, "pages": 13, CHUNK: 7}
-
 # What torch calls the kind of a parameter -> whether a value is of it.
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
-    "Tensor": lambda value: isinstance(value, Tensor),
+    "Tensor": lambda value: isinstance(value, shapes.Operand),
     "bool": lambda value: isinstance(value, bool),
-    "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (int, float),
-    "number": lambda value: type(value) in (int, float, bool),
+    "int": lambda value: type(value) in (int, Affine),
+    "float": lambda value: type(value) in (int, Affine, float),
+    "number": lambda value: type(value) in (int, Affine, float, bool),
     "str": lambda value: isinstance(value, str),
     "ScalarType": lambda value: isinstance(value, torch.dtype),
 }
@@ -33,31 +30,31 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
 
 def check(program: Program) -> None:
     """Raise `ProgramError` naming the first call that is not such as its operator takes."""
-    small = {symbol: min(_SMALL[symbol], max(most - 1, LEAST[symbol])) for symbol, most in program.maxima.items()}
     for index, (instruction, loop) in enumerate(program.calls()):
         where = f"instruction {index} ({instruction.op})"
-        for sizes in (small, program.maxima):
-            _check(program, instruction, _within(sizes, loop), where)
-        _check_workspace(program, instruction, _within(program.maxima, loop), where)
+        try:
+            made = _results(program, instruction)
+            needed = _workspace_bytes(program, instruction, loop)
+        except (ValueError, IndexError, RuntimeError, TypeError) as error:
+            reason = str(error).partition("\n")[0]  # torch appends its own stack to some
+            raise ProgramError(f"{where}: its operands do not fit the operator: {reason:.300}") from error
+        written = [[shapes.dim_of(dim) for dim in view.shape] for view in instruction.outputs]
+        if made != written:
+            found, planned = (", ".join(map(shapes.text, each)) for each in (made, written))
+            raise ProgramError(f"{where}: its results have the shapes {found:.150}, but it writes {planned:.150}")
+        _check_workspace(program, instruction, needed, where)
 
 
-def _within(sizes: Sizes, loop: ForRows | None) -> Sizes:
-    if loop is None:
-        return sizes
-    return {**sizes, START: 0, CHUNK: min(sizes[CHUNK], loop.extent.at(sizes))}
+def operands(instruction: Instruction) -> Iterator[tuple[str, Operand]]:
+    """A call's operands with the names that the operator's schema has for them."""
+    yield from zip((name for name, _, _ in _parameters(instruction.op)), instruction.inputs, strict=False)
 
 
-def _check(program: Program, instruction: Instruction, sizes: Sizes, where: str) -> None:
-    try:
-        given = _given(instruction.op, [_resolved(program, sizes, operand) for operand in instruction.inputs])
-        shapes.check_operands(instruction.op, given)
-        made = shapes.results(instruction.op, given)
-    except (ValueError, IndexError, RuntimeError, TypeError) as error:  # the last two: sizes beyond torch's integers
-        reason = str(error).partition("\n")[0]  # torch appends its own stack to some
-        raise ProgramError(f"{where}: its operands do not fit the operator: {reason:.300}") from error
-    planned = [[dim.at(sizes) for dim in view.shape] for view in instruction.outputs]
-    if made != planned:
-        raise ProgramError(f"{where}: its results have the shapes {made}, but it writes {planned}"[:400])
+def _results(program: Program, instruction: Instruction) -> list[shapes.Shape]:
+    """The shapes of a call's results, in every step. Raises `ValueError`, `IndexError` or `TypeError`."""
+    given = _given(instruction.op, [_seen(program, operand) for operand in instruction.inputs])
+    shapes.check_operands(instruction.op, given)
+    return shapes.results(instruction.op, given)
 
 
 def _given(op: str, operands: Sequence[Any]) -> dict[str, Any]:
@@ -100,29 +97,42 @@ def _is(value: Any, kind: str) -> bool:
     return _KINDS[kind](value)
 
 
-def _check_workspace(program: Program, instruction: Instruction, sizes: Sizes, where: str) -> None:
-    tensors = [_resolved(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
-    needed = operator(instruction.op).workspace_bytes(tensors)
+def _workspace_bytes(program: Program, instruction: Instruction, loop: ForRows | None) -> int:
+    """What a call needs in the largest step."""
+    sizes = program.maxima
+    if loop is not None:
+        sizes = {**sizes, START: 0, CHUNK: min(sizes[CHUNK], loop.extent.at(sizes))}
+    return operator(instruction.op).workspace_bytes(
+        [_without_memory(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
+    )
+
+
+def _check_workspace(program: Program, instruction: Instruction, needed: int, where: str) -> None:
     planned, dtype = 0, "uint8"
     if instruction.workspace is not None:
         workspace = program.tensor(instruction.workspace)
-        planned, dtype = workspace.size_bytes(sizes), workspace.dtype
+        planned, dtype = math.prod(dim.least(program.maxima) for dim in workspace.shape), workspace.dtype
     if planned < needed or dtype != "uint8":
         raise ProgramError(
             f"{where}: expected a workspace of {needed} bytes (uint8) or more, found {planned} ({dtype})"
         )
 
 
-def _resolved(program: Program, sizes: Sizes, operand: Operand) -> Any:
-    """An operand as it is in a step of given sizes, views as tensors without memory."""
+def _seen(program: Program, operand: Operand) -> Any:
+    """An operand as rules see it: sizes that grow with a step stay `Affine`."""
     if isinstance(operand, View):
-        shape, strides = ([dim.at(sizes) for dim in dims] for dims in (operand.shape, operand.strides))
         dtype = getattr(torch, program.tensor(operand.base).dtype)
-        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return shapes.Operand(dtype, tuple(shapes.dim_of(dim) for dim in operand.shape))
     if isinstance(operand, Affine):
-        return operand.at(sizes)
+        return shapes.dim_of(operand)
     if isinstance(operand, DType):
         return getattr(torch, operand.name)
     if isinstance(operand, tuple):
-        return [_resolved(program, sizes, item) for item in operand]
+        return [_seen(program, item) for item in operand]
     return operand
+
+
+def _without_memory(program: Program, sizes: Sizes, view: View) -> Tensor:
+    """A view in a step of given sizes, on the meta device."""
+    shape, strides = ([dim.at(sizes) for dim in dims] for dims in (view.shape, view.strides))
+    return torch.empty_strided(shape, strides, dtype=getattr(torch, program.tensor(view.base).dtype), device="meta")

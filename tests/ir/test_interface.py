@@ -11,7 +11,8 @@ import pytest
 from dllmc.artifact import Artifact, read
 from dllmc.errors import ProgramError
 from dllmc.ir import interface
-from dllmc.ir.program import PAGES, Affine, Program, Tensor
+from dllmc.ir.program import PAGES, Affine, ForRows, Instruction, Program, Tensor, View
+from dllmc.ops import signatures
 from dllmc.runtime import batch
 from dllmc.runtime.table import Table
 
@@ -98,3 +99,85 @@ def test_a_table_must_have_a_row_for_all_that_looks_it_up(served: Artifact) -> N
     rows = served.spec.vocab_size
     with pytest.raises(ProgramError, match=f"looks up token_ids: expected {rows + 1} rows or more, found {rows}"):
         interface.check(served.programs, replace(served.spec, vocab_size=rows + 1))
+
+
+Change = Callable[[View], View]
+
+
+def with_operand(program: Program, op: str, name: str, change: Change) -> Program:
+    """The program with an operand of each such call changed, in a way that is sound for a verifier or not."""
+
+    def changed_call(call: Instruction) -> Instruction:
+        if call.op != op:
+            return call
+        views = [change(each) if found == name else each for found, each in signatures.operands(call)]  # type: ignore[arg-type]
+        return replace(call, inputs=tuple(views))
+
+    assert not any(isinstance(item, ForRows) for item in program.instructions)
+    return replace(program, instructions=tuple(changed_call(item) for item in program.instructions))  # type: ignore[arg-type]
+
+
+def another(base: str) -> Change:
+    return lambda view: replace(view, base=base)
+
+
+def turned(view: View) -> View:
+    return replace(view, strides=view.strides[::-1])
+
+
+def shifted(view: View) -> View:
+    return replace(view, offset=view.offset + Affine(1))
+
+
+def first_row(view: View) -> View:
+    return replace(view, shape=(Affine(1), *view.shape[1:]))
+
+
+ATTENTION, KEEP, HEAD, GUIDE = (f"dllmc.{name}.default" for name in ("attention", "keep", "decode_head", "guide_rows"))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "change", "message"),
+    [
+        (
+            ATTENTION,
+            "segments",
+            another("row_spans"),
+            "expected segments to be segments of the step, found 'row_spans'",
+        ),
+        (ATTENTION, "segments", turned, "expected segments to be segments of the step, found 'segments'"),
+        (ATTENTION, "segments", shifted, "expected segments to be segments of the step, found 'segments'"),
+        (ATTENTION, "spans", another("keeping"), "expected spans to be segments or row_spans of the step"),
+        (ATTENTION, "cached", another("seed"), "expected cached to be cached of the step, found 'seed'"),
+        (ATTENTION, "page_table", another("suppressed"), "expected page_table to be page_table of the step"),
+        (ATTENTION, "k", first_row, "expected k with tokens rows"),
+        (ATTENTION, "v", first_row, "expected v with tokens rows"),
+        (ATTENTION, "cache", another("%x"), "expected a whole cache, found a view of '%x'"),
+        (ATTENTION, "cache", shifted, "expected a whole cache, found a view of 'cache.0'"),
+        (KEEP, "segments", another("row_spans"), "expected segments to be segments of the step"),
+        (KEEP, "keeping", another("suppressed"), "expected keeping to be keeping of the step"),
+        (KEEP, "page_table", shifted, "expected page_table to be page_table of the step"),
+        (KEEP, "q", first_row, "expected q with active rows"),
+        (KEEP, "k", first_row, "expected k with tokens rows"),
+        (HEAD, "row_segment", another("row_position"), "expected row_segment to be row_segment of the step"),
+        (HEAD, "temperature", first_row, "expected temperature with segments rows"),
+        (GUIDE, "guided", another("rows"), "expected guided to be guided of the step"),
+        (GUIDE, "hidden", first_row, r"expected hidden with guided\+rows rows"),
+    ],
+)
+def test_what_operators_trust_is_the_engines(
+    served: Artifact, op: str, name: str, change: Change, message: str
+) -> None:
+    """Kernels read memory where these tables say; those of any other origin could hold any number."""
+    forged = with_operand(served.programs["mixed"], op, name, change)
+    with pytest.raises(ProgramError, match=rf"^program 'mixed': {op}: {message}"):
+        interface.check({**served.programs, "mixed": forged}, served.spec)
+
+
+def test_rows_of_a_table_are_the_engines_too(served: Artifact) -> None:
+    """As calls on some rows have them, in loops; only parts of a row are not."""
+    program = served.programs["mixed"]
+    part = View("suppressed", (Affine(3), Affine(64)), (Affine(64), Affine(1)), Affine(128))
+    assert interface._is_input(program, part, "suppressed")
+    assert not interface._is_input(program, replace(part, offset=Affine(129)), "suppressed")
+    assert not interface._is_input(program, part, "keeping")

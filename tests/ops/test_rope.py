@@ -89,6 +89,16 @@ def test_tables_of_any_dtype(way: str, device: str, dtype: torch.dtype, table_dt
         check(args, way, device)
 
 
+@pytest.mark.parametrize(("way", "device"), [each for each in WAYS if each.values[0] == "kernel"])
+def test_the_kernel_reads_no_position_beyond_its_tables(way: str, device: str) -> None:
+    """It takes their nearest row; nothing else guards a GPU's memory."""
+    x, cos, sin, _ = operands(4, 2, 6, "dense", "gathered", torch.float32, torch.float32)
+    beyond = torch.tensor([-1, MOST_POSITIONS, 1 << 40, -(1 << 40)])
+    (found,) = call(way, "rope", [x, cos, sin, beyond], launch, device)
+    nearest = beyond.clamp(0, MOST_POSITIONS - 1)
+    assert_rounded_once(found, rotated(x, cos, sin, nearest), way, device)
+
+
 @pytest.mark.parametrize(("way", "device"), WAYS)
 def test_any_sizes(way: str, device: str) -> None:
     """Widths that are no power of two, and heads that are no multiple of what a program takes."""

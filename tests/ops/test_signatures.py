@@ -1,6 +1,7 @@
 """What is said of operators' calls before they run, against what torch does when they run."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from dllmc.errors import ProgramError
 from dllmc.ir.program import Affine, Instruction, Operand, Program, Tensor, View
 from dllmc.ops import elementwise, shapes, signatures
 from dllmc.ops.registry import OPERATORS
-from tests.programs import ROWS, TOKENS, planned, program, tensor, whole
+from tests.programs import GUIDED, ROWS, TOKENS, planned, program, tensor, whole
 
 ATEN = sorted(name for name in OPERATORS if name.startswith("aten."))
 
@@ -72,10 +73,16 @@ def test_shapes_are_those_that_torch_gives(call: tuple[str, list[Any]]) -> None:
         assume(operands[1].dim() == 2 and (operands[2] is None or operands[2].shape == operands[1].shape[:1]))
     if name == "aten.matmul.default" and min(x.dim() for x in operands) > 2:
         assume(operands[0].shape[:-2] == operands[1].shape[:-2])
-    operands = [operand.to("meta") if isinstance(operand, torch.Tensor) else operand for operand in operands]
-    given = signatures._given(name, operands)
+    given = signatures._given(name, [seen(operand) for operand in operands])
     shapes.check_operands(name, given)
     assert shapes.results(name, given) == [list(result.shape)]
+
+
+def seen(operand: Any) -> Any:
+    """An operand as rules see it."""
+    if isinstance(operand, list):
+        return [seen(item) for item in operand]
+    return shapes.Operand(operand.dtype, tuple(operand.shape)) if isinstance(operand, torch.Tensor) else operand
 
 
 def test_every_operator_is_known() -> None:
@@ -84,6 +91,9 @@ def test_every_operator_is_known() -> None:
     ruled = shapes._RESULTS.keys()
     assert {name for name in OPERATORS if name not in ruled} <= set(signatures.POINTWISE)
     assert {name for name in OPERATORS if name.startswith("dllmc.")} <= shapes.OPERANDS.keys()
+
+
+AMPLE = Affine(1 << 16)
 
 
 def attention(**changes: Tensor | None) -> Program:
@@ -105,7 +115,11 @@ def attention(**changes: Tensor | None) -> Program:
 
 
 def one_call(
-    op: str, operands: Sequence[Operand], out: Tensor, tensors: dict[str, Tensor | None], workspace: int = 1 << 16
+    op: str,
+    operands: Sequence[Operand],
+    out: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    workspace: Affine = AMPLE,
 ) -> Program:
     """A planned program of one call, whose operands are weights."""
     weights = {name: described for name, described in tensors.items() if described is not None}
@@ -141,14 +155,41 @@ def test_a_call_that_would_read_beyond_is_refused(changes: dict[str, Tensor | No
         signatures.check(attention(**changes))
 
 
-def test_a_result_of_another_shape_is_refused() -> None:
-    """One that is right for the largest step alone too: tokens are 9 there."""
-    for rows in (TOKENS + TOKENS, tensor(9).shape[0]):
-        x, weight = tensor(TOKENS, 8), tensor(4, 8)
-        views = [whole("x", x), whole("weight", weight)]
-        made = one_call("aten.linear.default", views, tensor(rows, 4), {"x": x, "weight": weight})
-        with pytest.raises(ProgramError, match=r"its results have the shapes \[\[\d, 4\]\], but it writes"):
-            signatures.check(made)
+def product_of(rows: Affine, out: Affine) -> Program:
+    """A call of `aten.linear`, its rows so many, and those of its result."""
+    x, weight = tensor(rows, 8), tensor(4, 8)
+    views = [whole("x", x), whole("weight", weight)]
+    return one_call("aten.linear.default", views, tensor(out, 4), {"x": x, "weight": weight})
+
+
+# Not as many as tokens: but for the largest step, which has 9 tokens and 5 rows; in none.
+OTHERS = Affine(9), Affine(4) + ROWS, TOKENS + TOKENS
+
+
+@pytest.mark.parametrize("out", OTHERS, ids=str)
+def test_a_result_of_another_shape_is_refused(out: Affine) -> None:
+    """In any step, however many others it is right in."""
+    signatures.check(product_of(TOKENS, TOKENS))
+    wrong = rf"its results have the shapes \[tokens, 4\], but it writes \[{re.escape(str(out))}, 4\]"
+    with pytest.raises(ProgramError, match=wrong):
+        signatures.check(product_of(TOKENS, out))
+
+
+@pytest.mark.parametrize("other", [*OTHERS, ROWS], ids=str)
+def test_operands_that_fit_in_some_steps_are_refused(other: Affine) -> None:
+    """A dimension is stretched where it is 1 in every step, not where it can be 1."""
+    a, b = tensor(TOKENS, 8), tensor(other, 8)
+    made = one_call("aten.add.Tensor", [whole("a", a), whole("b", b)], a, {"a": a, "b": b})
+    with pytest.raises(ProgramError, match=r"operands do not fit .*\[tokens, 8\] and .* do not broadcast"):
+        signatures.check(made)
+
+
+def test_twins_are_fewer_than_rows_in_every_step() -> None:
+    """Where there may be more rows than twins, and fewer, what is left is refused."""
+    tensors = {"x": tensor(ROWS, 8), "guided": tensor(GUIDED, dtype="int64"), "guidance": tensor(GUIDED)}
+    views = [whole(name, each) for name, each in tensors.items()]
+    with pytest.raises(ProgramError, match="guided twins of rows rows"):
+        signatures.check(one_call("dllmc.guide_rows.default", views, tensor(ROWS, 8), tensors))
 
 
 def test_a_stride_beyond_64_bits_is_refused() -> None:
@@ -162,16 +203,19 @@ def test_a_stride_beyond_64_bits_is_refused() -> None:
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:
+    """In any step: what suffices for the largest, and shrinks with smaller ones, does not."""
     hidden, weight = tensor(ROWS, 8, dtype="bfloat16"), tensor(4, 8, dtype="bfloat16")
     views = [whole("x", hidden), whole("weight", weight)]
     out, tensors = tensor(ROWS, 4, dtype="bfloat16"), {"x": hidden, "weight": weight}
-    made = one_call("aten.linear.default", views, out, tensors, workspace=3)
     needed = OPERATORS["aten.linear.default"].workspace_bytes(
         [torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)]
     )
-    assert needed > 0
-    with pytest.raises(ProgramError, match=rf"expected a workspace of {needed} bytes \(uint8\) or more, found 3"):
-        signatures.check(made)
+    signatures.check(one_call("aten.linear.default", views, out, tensors, Affine(needed)))
+    a_row = needed // 5 + 1
+    for short, least in ((Affine(needed - 1), needed - 1), (Affine(0, (("rows", a_row),)), a_row)):
+        made = one_call("aten.linear.default", views, out, tensors, short)
+        with pytest.raises(ProgramError, match=rf"expected a workspace of {needed} bytes \(uint8\) .* found {least}"):
+            signatures.check(made)
 
 
 def test_views_in_lists_are_checked() -> None:

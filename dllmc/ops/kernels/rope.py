@@ -3,7 +3,8 @@
     x, out: [tokens, heads, head_dim], any strides; cos, sin: [rows, width], dense; positions: [tokens] int64 or None
 
 Each program takes one token and as many heads as fill a tile of TILE elements:
-    1. load the token's position, and that row of cos and sin (without positions, the token's own row)
+    1. load the token's position, and that row of cos and sin (without positions, the token's own row); a position
+       beyond the tables takes their nearest row
     2. load both halves of the heads, x1 and x2
     3. store x1 * cos1 - x2 * sin1 and x2 * cos2 + x1 * sin2, rounded once
 in float32, or float64 for a float64 x. Where width is head_dim // 2, both halves take the same cos and sin.
@@ -32,6 +33,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, out: Ten
         out,
         heads,
         half,
+        len(cos),
         *cos.stride(),
         *sin.stride(),
         *x.stride(),
@@ -51,6 +53,7 @@ def _rope(
     out_ptr: tl.tensor,
     heads: tl.tensor,
     half: tl.tensor,
+    rows: tl.tensor,
     cos_row: tl.tensor,
     cos_column: tl.tensor,
     sin_row: tl.tensor,
@@ -68,7 +71,7 @@ def _rope(
     token = tl.program_id(0).to(tl.int64)
     row = token
     if positions_ptr is not None:
-        row = tl.load(positions_ptr + token)
+        row = tl.minimum(tl.maximum(tl.load(positions_ptr + token), 0), rows - 1)
     head = tl.program_id(1).to(tl.int64) * heads_at_once + tl.arange(0, heads_at_once)[:, None]
     column = tl.arange(0, block)[None, :].to(tl.int64)
     of_half = column < half
