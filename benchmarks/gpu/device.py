@@ -9,6 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,7 @@ def _events(calls: Sequence[Call]) -> list[float]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return [1e-3 * a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return [1e-3 * a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
 def _by_graph(calls: Sequence[Call], repeats: int) -> Timing:

@@ -84,9 +84,7 @@ def _dream() -> Model:
     )
 
 
-MODELS = {
-    model.name: model for model in (_llada("llada-8b", LLADA_8B, 126336), _dream(), _llada("tiny", _TINY, 511))
-}
+MODELS = {model.name: model for model in (_llada("llada-8b", LLADA_8B, 126336), _dream(), _llada("tiny", _TINY, 511))}
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,7 @@ def compiled(model: Model, layers: int, limits: Limits, dtype: torch.dtype, devi
     return Compiled(model, layers, dtype, programs, recipes, constants)
 
 
-def kept(
-    folder: Path, model: Model, layers: int, limits: Limits, dtype: torch.dtype, device: torch.device
-) -> Compiled:
+def kept(folder: Path, model: Model, layers: int, limits: Limits, dtype: torch.dtype, device: torch.device) -> Compiled:
     """`compiled`, from the folder if it is there, else written there."""
     sizes = f"{limits.tokens}-{limits.requests}-{limits.rows}"
     place = folder / f"{model.name}-{layers}-{sizes}-{str(dtype).removeprefix('torch.')}-{device.type}"
@@ -189,11 +185,18 @@ class Given(Artifact):
         return dict(self.weights)
 
 
-def engine_of(made: Compiled, weights: Mapping[str, Tensor], device: torch.device, pages: int | None = None) -> Engine:
+def engine_of(
+    made: Compiled,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    pages: int | None = None,
+    scheduling: str = "multiplexed",
+) -> Engine:
     """An engine on a device, its KV pool with that many pages. None: with as many as its largest step caches."""
     opened = artifact.in_memory(made.model.spec, made.programs)
     if opened.program.caches:
         opened = opened.with_pages(pages or opened.program.maxima[PAGES])
     given: dict[str, Any] = {"device": str(device), "weights": weights}
     known = inspect.signature(Engine).parameters
-    return Engine(Given(**vars(opened), weights=weights), **{k: v for k, v in given.items() if k in known})
+    given = {name: value for name, value in given.items() if name in known}
+    return Engine(Given(**vars(opened), weights=weights), scheduling, **given)
