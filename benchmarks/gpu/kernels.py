@@ -54,20 +54,31 @@ def cases(maker: Maker, small: bool, quick: bool) -> Iterator[Case]:
             yield from maker.head(rows, kind)
 
 
-def measure(case: Case, ceilings: Ceilings, device: torch.device) -> Record:
-    """One record: the error first, on outputs that were poisoned, then times."""
-    sample = case.make()
-    call, workspace = bound(case.op, sample, device)
+def error_of(sample: Sample, call: Call, device: torch.device) -> float:
+    """Run a call on outputs that were poisoned; the largest relative error of what is checked."""
     for out in sample.outs:
         out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-1)
     call()
     devices.synchronize(device)
-    error = max((devices.error_of(found, expected) for found, expected in sample.check()), default=0.0)
+    errors = [devices.error_of(found, expected) for found, expected in sample.check()]
+    return next((error for error in errors if error != error), max(errors, default=0.0))
+
+
+def samples_of(case: Case, sample: Sample) -> list[Sample]:
+    """A sample and as many more as it takes that their memory is not in a cache when its turn comes."""
+    held = sum(held_bytes(x) for x in (*sample.args, *sample.outs) if isinstance(x, Tensor))
+    return [sample, *(case.make() for _ in range(devices.sets_for(held) - 1))]
+
+
+def measure(case: Case, ceilings: Ceilings, device: torch.device) -> Record:
+    """One record: the error first, on outputs that were poisoned, then times."""
+    sample = case.make()
+    call, workspace = bound(case.op, sample, device)
+    error = error_of(sample, call, device)
     if not error <= case.inside:  # not a number fails too
         return {"failed": f"relative error {error:.3g}, expected {case.inside:.3g} or less", "error": error}
     work = work_of(case.op, sample.args, sample.outs)
-    held = sum(held_bytes(x) for x in (*sample.args, *sample.outs) if isinstance(x, Tensor))
-    samples = [sample, *(case.make() for _ in range(devices.sets_for(held) - 1))]
+    samples = samples_of(case, sample)
     own = devices.timed([bound(case.op, each, device)[0] for each in samples], device)
     floor = work.seconds(*ceilings)
     record: dict[str, Any] = {
