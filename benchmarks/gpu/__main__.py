@@ -67,18 +67,20 @@ def main(
     alone: bool,
 ) -> None:
     """Measure operators, memory, decoding and steps on a GPU: about 8 minutes by default, on an H200."""
-    device, size = torch.device(device_name), size or grid
+    device, size, sections = torch.device(device_name), size or grid, sections or SECTIONS
+    if sections == ("prepare",):  # for a GPU that need not be here
+        if programs is None:
+            raise click.UsageError("prepare: give --programs, the folder to keep them in")
+        setting_of(model, device, size, prompts, new, steps).compiled(programs)
+        return
     out = out or report.RESULTS / f"{devices.slug(device)}{'' if size == 'default' else '_' + size}.json"
     if not alone:
-        _one_by_one(sections or SECTIONS, size, programs, out)
+        _one_by_one(sections, size, programs, out)
         return
     assert programs is not None
     shared = {"environment": report.environment(), "device": devices.facts(device), "size": size}
     setting = setting_of(model, device, size, prompts, new, steps)
     for name in sections:
-        if name == "prepare":
-            setting.compiled(programs)
-            continue
         section = Section(out, name, shared, BUDGETS[size][name])
         section.put()
         if name == "kernels":
@@ -94,7 +96,6 @@ def main(
 
 def _one_by_one(sections: tuple[str, ...], size: str, programs: Path | None, out: Path) -> None:
     """Each section in a process, with this one's options; programs are compiled beside the first, which needs none."""
-    needs_programs = bool({"memory", "where", "decode"} & set(sections))
     with tempfile.TemporaryDirectory() as name:
         options = [*sys.argv[1:], "--alone", "--programs", str(programs or name), "--out", str(out)]
         options = _without_sections(options)
@@ -102,7 +103,7 @@ def _one_by_one(sections: tuple[str, ...], size: str, programs: Path | None, out
         def started(section: str) -> subprocess.Popen[bytes]:
             return subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", *options, "--only", section])
 
-        preparing = started("prepare") if needs_programs or "prepare" in sections else None
+        preparing = started("prepare") if {"memory", "where", "decode"} & set(sections) else None
         failed = []
         for section in (each for each in sections if each != "prepare"):
             if section != "kernels" and preparing is not None:

@@ -1,7 +1,9 @@
 """Models without a checkpoint: their shapes, programs of them compiled in memory, and random weights on a device.
 
 A decoder in plain torch and an engine are given the same weights. Programs can be kept in a folder, so that compiling
-takes no time where time is dear: `python -m benchmarks.gpu --only prepare --programs FOLDER`.
+takes no time where time is dear; this runs anywhere:
+
+python -m benchmarks.gpu --only prepare --device cuda --programs FOLDER
 """
 
 import inspect

@@ -210,6 +210,15 @@ def test_kept_programs_are_those_compiled(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.constants[name]) for name, value in first.constants.items())
 
 
+def test_programs_are_prepared_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    given = ["--small", "--device", "cuda", "--only", "prepare"]
+    done = CliRunner().invoke(command.main, [*given, "--programs", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    [place] = tmp_path.iterdir()
+    assert place.name.endswith("bfloat16-cuda")
+    assert "--programs" in CliRunner().invoke(command.main, given).output
+
+
 def test_shapes_of_published_models() -> None:
     """Bytes of a token's keys and values in bfloat16."""
     assert MODELS["llada-8b"].token_kv_bytes(32, torch.bfloat16) == 512 * 1024
