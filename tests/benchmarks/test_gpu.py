@@ -74,7 +74,7 @@ def test_steps_and_memory(programs: Path, tmp_path: Path) -> None:
         assert [*r["parts"]] == [*NAMES]
         assert sum(part["calls"] for part in r["parts"].values()) == r["calls"]
         assert sum(part["flops"] for part in r["parts"].values()) == r["flops"] > 0
-        assert r["roofline_of_step_seconds"] <= r["roofline_of_calls_seconds"]
+        assert r["roofline_of_step_seconds"] <= r["roofline_of_calls_seconds"] * (1 + 1e-9)  # sums round
         assert (r["parts"]["keep"]["calls"] > 0) == (r["phase"] == "refresh")
     [engine] = [r for r in sections["memory"]["results"] if r["what"] == "engine"]
     assert engine["planned_bytes"]["total"] > 0
