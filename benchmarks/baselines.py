@@ -8,6 +8,8 @@ length are one batch.
 What makes them slow is published: a pass has the logits of all positions that it computes, and a softmax over all of
 these logits in float64 (`softmax_dtype` says so; float32 is the milder choice). What was merely careless there is not
 repeated: no noise at temperature 0, no logits kept from one step to the next, no K/V concatenated.
+
+Both run where the model and the prompts are, and as `Parts`: eager functions, or the same under `torch.compile`.
 """
 
 import math
@@ -17,13 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllmc.models.layers import attend, rotary_tables, rotate, split_heads
 from dllmc.models.llada import LLaDAModel
 
 # (tokens [B, T], block, whether this is the block's first step) -> (the span computed, its logits [B, span, V])
 Forward = Callable[[Tensor, slice, bool], tuple[slice, Tensor]]
+# (a layer, x [B, n, d_model], cos, sin) -> queries, keys, values [B, heads, n, head_dim], queries and keys rotated
+Project = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (a layer, x [B, n, d_model], q [B, q_heads, n, head_dim], k and v [B, kv_heads, T, head_dim]) -> the layer's output
+Finish = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (logits [B, n, V], dtype of the softmax) -> the best token of each position and its probability, both [B, n]
+Predict = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,59 +66,110 @@ class Decoded(NamedTuple):
     forward_passes: int
 
 
+def _project(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h = layer.attn_norm(x)
+    q = rotate(split_heads(layer.q_proj(h), layer.heads), cos, sin)
+    k = rotate(split_heads(layer.k_proj(h), layer.kv_heads), cos, sin)
+    return q, k, split_heads(layer.v_proj(h), layer.kv_heads)
+
+
+def _finish(layer: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = x + layer.attn_out(attend(q, k, v))
+    h = layer.ff_norm(x)
+    out: Tensor = x + layer.ff_out(F.silu(layer.ff_proj(h)) * layer.up_proj(h))
+    return out
+
+
+def _predict(logits: Tensor, softmax_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    choice = logits.argmax(-1, keepdim=True)
+    probability = torch.softmax(logits, -1, dtype=softmax_dtype)
+    return choice[..., 0], probability.gather(-1, choice)[..., 0]
+
+
+class Parts(NamedTuple):
+    """What a pass is made of: a layer before and behind its cache, and the choice of tokens."""
+
+    project: Project = _project
+    finish: Finish = _finish
+    predict: Predict = _predict
+
+
+EAGER = Parts()
+
+
+def compiled() -> Parts:
+    """The parts under `torch.compile`, once for all layers and for each shape that they meet.
+
+    What is between them is eager: the embedding, the last norm, the head's product, and writes to the cache.
+    """
+    return Parts(*(torch.compile(part, dynamic=False) for part in EAGER))
+
+
 @torch.inference_mode()
 def dense(
-    model: LLaDAModel, prompts: Tensor, mask_id: int, pace: Pace, softmax_dtype: torch.dtype = torch.float64
+    model: LLaDAModel,
+    prompts: Tensor,
+    mask_id: int,
+    pace: Pace,
+    softmax_dtype: torch.dtype = torch.float64,
+    parts: Parts = EAGER,
 ) -> Decoded:
     """Decode prompts [B, P] int64 with a forward pass over all P + gen_length positions at every step."""
 
     def forward(x: Tensor, block: slice, first: bool) -> tuple[slice, Tensor]:
-        return slice(0, x.shape[1]), model(x)
+        span = slice(0, x.shape[1])
+        return span, _forward_span(model, x, span, None, parts)
 
-    return _decode(forward, prompts, mask_id, pace, softmax_dtype)
+    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict)
 
 
 @torch.inference_mode()
 def dual_cache(
-    model: LLaDAModel, prompts: Tensor, mask_id: int, pace: Pace, softmax_dtype: torch.dtype = torch.float64
+    model: LLaDAModel,
+    prompts: Tensor,
+    mask_id: int,
+    pace: Pace,
+    softmax_dtype: torch.dtype = torch.float64,
+    parts: Parts = EAGER,
 ) -> Decoded:
     """As `dense`, but a block's steps after its first compute the block alone, against cached K/V of all else."""
     c = model.config
     batch, length = prompts.shape[0], prompts.shape[1] + pace.gen_length
-    dtype = next(model.parameters()).dtype
-    kv = torch.empty(c.n_layers, 2, batch, c.n_kv_heads, length, c.d_model // c.n_heads, dtype=dtype)
+    weight = next(model.parameters())
+    kv = weight.new_empty(c.n_layers, 2, batch, c.n_kv_heads, length, c.d_model // c.n_heads)
 
     def forward(x: Tensor, block: slice, first: bool) -> tuple[slice, Tensor]:
         span = slice(0, length) if first else block
-        return span, _forward_span(model, x[:, span], span, kv)
+        return span, _forward_span(model, x[:, span], span, kv, parts)
 
-    return _decode(forward, prompts, mask_id, pace, softmax_dtype)
+    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict)
 
 
-def _forward_span(model: LLaDAModel, ids: Tensor, span: slice, kv: Tensor) -> Tensor:
+def _forward_span(model: LLaDAModel, ids: Tensor, span: slice, kv: Tensor | None, parts: Parts) -> Tensor:
     """The model over ids [B, n] at the positions of `span`, attending to all of `kv`: logits [B, n, V].
 
-    kv: [layers, 2, B, kv_heads, T, head_dim], keys after RoPE; the span's own are replaced in place.
+    kv: [layers, 2, B, kv_heads, T, head_dim], keys after RoPE; the span's own are replaced in place. None: there is
+    nothing else to attend to.
     """
     c = model.config
     layers: Any = model.model["transformer"]
     positions = torch.arange(span.start, span.stop, device=ids.device)[None]
     cos, sin = rotary_tables(positions, c.d_model // c.n_heads, c.rope_theta)
     x = layers["wte"](ids)
-    for block, (keys, values) in zip(layers["blocks"], kv, strict=True):
-        h = block.attn_norm(x)
-        q = rotate(split_heads(block.q_proj(h), block.heads), cos, sin)
-        keys[:, :, span] = rotate(split_heads(block.k_proj(h), block.kv_heads), cos, sin)
-        values[:, :, span] = split_heads(block.v_proj(h), block.kv_heads)
-        x += block.attn_out(attend(q, keys, values))
-        h = block.ff_norm(x)
-        x += block.ff_out(F.silu(block.ff_proj(h)) * block.up_proj(h))
+    for index, layer in enumerate(layers["blocks"]):
+        q, keys, values = parts.project(layer, x, cos, sin)
+        if kv is not None:
+            kv[index, 0, :, :, span], kv[index, 1, :, :, span] = keys, values
+            keys, values = kv[index]
+        x = parts.finish(layer, x, q, keys, values)
     x = layers["ln_f"](x)
     logits: Tensor = F.linear(x, layers["wte"].weight) if c.weight_tying else layers["ff_out"](x)
     return logits * (1 / math.sqrt(c.d_model)) if c.scale_logits else logits
 
 
-def _decode(forward: Forward, prompts: Tensor, mask_id: int, pace: Pace, softmax_dtype: torch.dtype) -> Decoded:
+def _decode(
+    forward: Forward, prompts: Tensor, mask_id: int, pace: Pace, softmax_dtype: torch.dtype, predict: Predict
+) -> Decoded:
     """The loop over blocks and steps that both decoders share."""
     start, end = prompts.shape[1], prompts.shape[1] + pace.gen_length
     x = F.pad(prompts, (0, pace.gen_length), value=mask_id)
@@ -121,20 +180,13 @@ def _decode(forward: Forward, prompts: Tensor, mask_id: int, pace: Pace, softmax
         step = 0
         while masked[:, block].any():
             span, logits = forward(x, block, step == 0)
-            choice, confidence = _predict(logits, softmax_dtype)
+            choice, confidence = predict(logits, softmax_dtype)
             del logits  # not kept while the next pass computes its own
             inside = slice(block.start - span.start, block.stop - span.start)
             least = pace.least(block.stop - block.start, step)
             _commit(x[:, block], masked[:, block], choice[:, inside], confidence[:, inside], least, pace.threshold)
             passes, step = passes + 1, step + 1
     return Decoded(x[:, start:], passes)
-
-
-def _predict(logits: Tensor, softmax_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits [B, n, V] -> the best token of each position and its probability, both [B, n]."""
-    choice = logits.argmax(-1, keepdim=True)
-    probability = torch.softmax(logits, -1, dtype=softmax_dtype)
-    return choice[..., 0], probability.gather(-1, choice)[..., 0]
 
 
 def _commit(

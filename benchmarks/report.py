@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "dllmc": version("dllmc"),
+        "dllmc": _version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -125,6 +125,13 @@ class LiveBytes(TorchDispatchMode):
                 self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.made.values()))
         return result
+
+
+def _version() -> str:
+    try:
+        return version("dllmc")
+    except PackageNotFoundError:
+        return "not installed, run from its source"
 
 
 def _cpu_model() -> str:

@@ -139,6 +139,11 @@ def read(path: str | Path, *, hash_weights: bool = True) -> Artifact:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
 
 
+def in_memory(spec: ModelSpec, programs: Mapping[str, Program]) -> Artifact:
+    """An artifact of programs alone, without files: for an engine whose weights come from elsewhere."""
+    return Artifact(Path("in memory"), spec, dict(programs), {"memory": _memory(programs), "tokenizer": []})
+
+
 def _read(path: Path, links_from: Path, hash_weights: bool) -> Artifact:
     where = path / manifest.NAME
     document = manifest.read(where)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmc.ops.attention import LEAST_PART, MOST_ROWS, PROCESSORS, most_parts
+from dllmc.ops.kernels.configs import configured
 from dllmc.ops.kernels.tiles import column, entry, most_tiles, tile_at
 
 LOG2_E = 1.4426950408889634
@@ -79,6 +80,8 @@ def attention(
         return
     group = q_heads // kv_heads
     tile = Tile.of(queries * group, count, q.dtype)
+    sizes = {"rows": triton.cdiv(queries * group, count), "segments": count, "head_dim": head_dim}
+    tile = configured(tile, "attention" if cache is None else "attention_cached", q, **sizes)
     tiles = most_tiles(queries * group, count, tile.rows)
     parts, found, sums = 1, None, None
     if cache is not None and page_table is not None and workspace is not None and window is None:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmc.ops.chunks import planes
+from dllmc.ops.kernels.configs import Launch, configured
 
 MOST_COLUMNS = 1024
 
@@ -21,7 +22,8 @@ MOST_COLUMNS = 1024
 def glu(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
     """Write activation(gate) * up to `out`, each [..., width]; activation as in `dllmc.ops.glu`."""
     width = gate.shape[-1]
-    block = min(MOST_COLUMNS, triton.next_power_of_2(width))
+    launch = configured(Launch(MOST_COLUMNS), "glu", gate, rows=gate.numel() // max(width, 1), width=width)
+    block = min(launch.tile, triton.next_power_of_2(width))
     for gate_plane, up_plane, out_plane in planes(gate, up, out):
         outer, inner, _ = gate_plane.shape
         _glu[(outer * inner, triton.cdiv(width, block))](
@@ -35,6 +37,7 @@ def glu(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
             *out_plane.stride(),
             activation=activation,
             block=block,
+            num_warps=launch.warps,
         )
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmc.ops.kernels.configs import Launch, configured
 from dllmc.ops.kernels.tiles import column, entry, most_tiles, tile_at
 
 # Elements of the queries that are summed, of the keys that are scored, and of those that are packed at once.
@@ -50,9 +51,21 @@ def keep(
         return
     tables = (segments, *segments.stride(), keeping, *keeping.stride(), count)
     lanes, columns = triton.next_power_of_2(count), triton.next_power_of_2(head_dim)
-    rows = max(1, TILE // columns)
+    sizes = {"tokens": tokens, "segments": count, "kv_heads": kv_heads}
+    launch = configured(Launch(TILE), "keep", k, head_dim=head_dim, **sizes)
+    rows = max(1, launch.tile // columns)
     tiles = most_tiles(tokens, count, rows)
-    _add[(count, q_heads)](q, *q.stride(), *tables, sums, head_dim=head_dim, at_once=rows, lanes=lanes, columns=columns)
+    _add[(count, q_heads)](
+        q,
+        *q.stride(),
+        *tables,
+        sums,
+        head_dim=head_dim,
+        at_once=rows,
+        lanes=lanes,
+        columns=columns,
+        num_warps=launch.warps,
+    )
     _score[(tiles, kv_heads)](
         k,
         *k.stride(),
@@ -65,11 +78,13 @@ def keep(
         at_once=rows,
         lanes=lanes,
         columns=columns,
+        num_warps=launch.warps,
     )
     at_once = min(MOST_SELECTED, max(LEAST_SELECTED, triton.next_power_of_2(tokens)))
+    select = configured(Launch(at_once, max(4, at_once // 256)), "select", k, **sizes)
     kept = scores.view(torch.int32)  # the scores are read before
     _select[(count, kv_heads)](
-        scores, order, kept, *tables, tokens, at_once=at_once, lanes=lanes, num_warps=max(4, at_once // 256)
+        scores, order, kept, *tables, tokens, at_once=select.tile, lanes=lanes, num_warps=select.warps
     )
     _pack[(tiles, kv_heads)](
         cache,
@@ -88,6 +103,7 @@ def keep(
         at_once=rows,
         lanes=lanes,
         columns=columns,
+        num_warps=launch.warps,
     )
 
 

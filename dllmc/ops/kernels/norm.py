@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmc.ops.chunks import planes
+from dllmc.ops.kernels.configs import Launch, configured
 
 TILE = 1024
 
@@ -33,7 +34,9 @@ def norm(
     added = [] if residual is None or total is None else [residual, total]
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    rows = max(1, TILE // block)
+    default = Launch(TILE, min(16, max(4, block // 512)))
+    launch = configured(default, "norm", x, rows=x.numel() // max(width, 1), width=width)
+    rows = max(1, launch.tile // block)
     for x_plane, out_plane, *sums in planes(x, out, *added):
         residual_plane, total_plane = sums or (x_plane, out_plane)
         outer, inner, _ = x_plane.shape
@@ -55,7 +58,7 @@ def norm(
             centred=centred,
             rows_at_once=rows,
             block=block,
-            num_warps=min(16, max(4, block // 512)),
+            num_warps=launch.warps,
         )
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmc.ops.kernels.configs import Launch, configured
+
 TILE = 1024
 
 
@@ -24,7 +26,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, out: Ten
         return
     half = head_dim // 2
     block = triton.next_power_of_2(half)
-    at_once = min(triton.next_power_of_2(heads), max(1, TILE // block))
+    launch = configured(Launch(TILE), "rope", x, tokens=tokens, heads=heads, head_dim=head_dim)
+    at_once = min(triton.next_power_of_2(heads), max(1, launch.tile // block))
     _rope[(tokens, triton.cdiv(heads, at_once))](
         x,
         cos,
@@ -41,6 +44,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, out: Ten
         shared=cos.shape[1] == half,
         heads_at_once=at_once,
         block=block,
+        num_warps=launch.warps,
     )
 
 
