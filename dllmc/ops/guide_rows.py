@@ -34,11 +34,12 @@ def _fake(hidden: Tensor, guided: Tensor, guidance: Tensor) -> Tensor:
 
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
     """Resolve a call over fixed memory."""
-    if args[0].is_cuda:
+    hidden, guided, guidance = args
+    if hidden.is_cuda:
         from dllmc.ops.kernels.guide_rows import guide_rows
 
-        return partial(guide_rows, *args, outs[0])
-    return partial(guide_rows_out, *args, outs[0])
+        return partial(guide_rows, hidden, guided, guidance, outs[0])
+    return partial(guide_rows_out, hidden, guided, guidance, outs[0])
 
 
 def _guide_rows(hidden: Tensor, guided: Tensor, guidance: Tensor) -> Tensor:

@@ -70,8 +70,9 @@ def _word(seed: tl.tensor, token: tl.tensor, position: tl.tensor, step: tl.tenso
 def _words(
     seed: tl.tensor, counter: tl.tensor, position: tl.tensor, step: tl.tensor, stream: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    words = counter.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32)
-    return tl.philox(seed, words[0], words[1], words[2], tl.full((), stream, tl.uint32))
+    words = counter.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32), tl.full((), stream, tl.uint32)
+    a, b, c, d = tl.philox(seed, words[0], words[1], words[2], words[3])
+    return a, b, c, d
 
 
 @triton.jit  # type: ignore[untyped-decorator]
