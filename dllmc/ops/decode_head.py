@@ -8,6 +8,7 @@
     -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the target or the chosen token)
 
 Rules: semantics.md, "Commit". Statistics and the logits of a tile are float32, whatever the dtype of `hidden`.
+On a GPU: `dllmc.ops.kernels.decode_head`.
 """
 
 from collections.abc import Callable, Sequence
@@ -242,7 +243,7 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
     """Resolve a call over fixed memory.
 
     On a GPU nothing is read back, so an unknown confidence rule is not found: it counts as low_confidence. Raises
-    `ProgramError` there for a workspace that is too small, and for tables that are not dense.
+    `ProgramError` there for float64, for a workspace that is too small, and for tables that are not dense.
     """
     assert workspace is not None, "decode_head declares a workspace"
     token, confidence, logprob = outs
@@ -259,6 +260,8 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
 def _require_cuda(args: Sequence[Any], workspace: Tensor) -> None:
     """What the kernels rely on."""
     hidden, weight = args[:2]
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ProgramError(f"decode_head takes float32, bfloat16 or float16 on a GPU, found {hidden.dtype}")
     rows, vocab = hidden.shape[0], weight.shape[0]
     needed = bytes_of(CudaTiling.of(rows, vocab).memory()) if rows else 0
     if workspace.numel() < needed:

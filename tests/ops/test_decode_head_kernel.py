@@ -26,14 +26,16 @@ from tests.ops.head_cases import (
     Case,
     Results,
     Segment,
+    assert_results,
+    decisive,
     exact,
     from_logits,
     random,
 )
 from tests.ops.launches import counted, replayed
-from tests.ops.test_decode_head import assert_results, decisive
 
 WAYS = [way for way in WAYS if "kernel" in way.id or way.id == "graph-cuda"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MANY = FUSED_ROWS + 1
 VIEWS = (
     "slice.Tensor",
@@ -64,7 +66,7 @@ def widened(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     torch.mm(hidden.float(), weight.float().T, out=logits)
 
 
-def run(case: Case, way: str = "kernel", device: str = "cpu") -> Results:
+def run(case: Case, way: str, device: str) -> Results:
     token, confidence, logprob = call(way, "decode_head", case.args, launch, device)
     return token, confidence, logprob
 
@@ -274,7 +276,7 @@ def test_a_random_confidence_is_bit_for_bit_the_cpu_s():
     """The same words, and the same 23 bits of them."""
     segments = [Segment(rule=RANDOM, seed=seed, step=step) for seed, step in ((3, 9), (-1, 0), (2**40 + 7, 5))]
     case = random(9, 50, 4, segments)
-    assert torch.equal(run(case)[1], case.run()[1])
+    assert torch.equal(run(case, "kernel", DEVICE)[1], case.run()[1])
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 300_000))
@@ -289,13 +291,15 @@ def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows, more, vocab):
 
 
 def test_what_kernels_rely_on_is_checked():
-    """Too small a workspace, and tables that are not dense, are errors that say so."""
+    """Another dtype, too small a workspace, and tables that are not dense are errors that say so."""
     args = list(exact(3, 130, 7, bias=False, scale=1.0).args)
     needed = bytes_of(CudaTiling.of(3, 130).memory())
     with pytest.raises(
         ProgramError, match=f"3 rows by 130 tokens need a workspace of {needed} bytes on a GPU, found 9"
     ):
         decode_head._require_cuda(args, torch.empty(9, dtype=torch.uint8))
+    with pytest.raises(ProgramError, match=r"float32, bfloat16 or float16 on a GPU, found torch\.float64"):
+        decode_head._require_cuda([args[0].double(), *args[1:]], torch.empty(needed, dtype=torch.uint8))
     args[5] = torch.arange(6)[::2]
     with pytest.raises(ProgramError, match=r"row_position is dense on a GPU, found strides \[2\]"):
         decode_head._require_cuda(args, torch.empty(needed, dtype=torch.uint8))
@@ -340,7 +344,7 @@ def test_launches():
     for rows, tiles in ((9, 1), (MANY, 2)):
         case = exact(rows, PART + 5, 3, [Segment()], bias=False, scale=1.0)
         with tiles_of(MANY * PART), counted() as launches:
-            run(case)
+            run(case, "kernel", DEVICE)
         assert launches == {"reduce_tile": tiles, "select_candidates": tiles, "finish_rows": 1}
 
 
@@ -363,9 +367,11 @@ def test_a_recorded_call_reads_its_operands_anew(rows, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16, FUSED_ROWS, MANY, 500, 3000])
+@pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 151_936), (FUSED_ROWS, 151_936), (MANY, 151_936), (300, 151_936), (2100, 9000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_model_like_sizes(rows, dtype):
-    """Vocabularies of several tiles: the tokens of float64, and what the CPU draws."""
-    case = exact(rows, 151_936, 24, bias=False, scale=0.125).to(dtype)
+def test_model_like_sizes(rows, vocab, dtype):
+    """Several tiles of a vocabulary, and several chunks of rows: what the CPU chooses and draws."""
+    case = exact(rows, vocab, 24, bias=False, scale=0.125).to(dtype)
     assert_results(run(case, "kernel", "cuda"), case.to(torch.float32).run())
