@@ -108,10 +108,9 @@ def reduce_tile(
     whole = rows.to(tl.int64) * parts
     maximum = tl.max(z, axis=1)
     choice = tl.min(tl.where(z == maximum[:, None], column[None, :], NO_TOKEN), axis=1)
-    x = z - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None]
-    exponentials = tl.exp(x)
+    shift = tl.where(maximum == -float("inf"), 0.0, maximum)[:, None]
     tl.store(statistics_ptr + place, maximum, mask=here)
-    tl.store(statistics_ptr + whole + place, tl.sum(exponentials, axis=1), mask=here)
+    tl.store(statistics_ptr + whole + place, tl.sum(tl.exp(z - shift), axis=1), mask=here)
 
     target = tl.load(row_target_ptr + row, mask=here, other=-1)
     held = (target >= start) & (target < tl.minimum(start + part, behind))
@@ -123,7 +122,8 @@ def reduce_tile(
         second = tl.max(tl.where(column[None, :] == choice[:, None], -float("inf"), z), axis=1)
         tl.store(statistics_ptr + 5 * whole + place, second, mask=here & (rule == MARGIN))
     if some(rule == ENTROPY):
-        times = tl.sum(tl.maximum(x, LOWEST_EXPONENT) * exponentials, axis=1)
+        x = tl.maximum(z - shift, LOWEST_EXPONENT)
+        times = tl.sum(x * tl.exp(x), axis=1)
         tl.store(statistics_ptr + 5 * whole + place, times, mask=here & (rule == ENTROPY))
 
     temperature, sampled, filtered = choice_of(segment, temperature_ptr, top_k_ptr, top_p_ptr)
@@ -140,7 +140,7 @@ def reduce_tile(
         tl.store(statistics_ptr + 3 * whole + place, best, mask=sampled)
         tl.store(statistics_ptr + 4 * whole + place, logit, mask=sampled)
     if some(filtered):
-        tl.store(statistics_ptr + 6 * whole + place, tl.sum(tl.exp(x / divisor), axis=1), mask=filtered)
+        tl.store(statistics_ptr + 6 * whole + place, tl.sum(tl.exp((z - shift) / divisor), axis=1), mask=filtered)
         tl.store(logits_ptr, z, mask=there & filtered[:, None])
 
     # 3. the choice
