@@ -8,10 +8,12 @@
     -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the target or the chosen token)
 
 Rules: semantics.md, "Commit". Statistics and the logits of a tile are float32, whatever the dtype of `hidden`.
+On a GPU: `dllmc.ops.kernels.decode_head`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +21,23 @@ from torch import Tensor
 
 from dllmc.errors import ProgramError
 from dllmc.ops import noise
+from dllmc.ops.chunks import bytes_of
 from dllmc.ops.head_partials import finish, head_partials, merge
 from dllmc.ops.head_rows import CANDIDATES, HeadRows
 from dllmc.ops.head_rows import ConfidenceRule as ConfidenceRule
-from dllmc.ops.library import library
+from dllmc.ops.head_tiles import CudaTiling, most_memory
+from dllmc.ops.library import library, run_bound
 from dllmc.ops.linear import FEW_ROWS, transposes
 
 # Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
 BUDGET = 1 << 20
 # More rows are decoded in chunks, so that a tile keeps about this many columns and the GEMM its speed.
 NARROWEST_TILE = 1024
+
+_TABLES = (
+    *("row_segment", "row_position", "row_target", "temperature", "top_k", "top_p"),
+    *("confidence_rule", "seed", "step", "suppressed"),
+)
 
 library.define(
     "decode_head(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor row_segment, Tensor row_position,"
@@ -76,6 +85,14 @@ def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype)
         return 4 * min(BUDGET, max(rows, 2 * few) * vocab)
     half, of_a_row = BUDGET // 2, few + hidden_size
     return 4 * (min(half, rows * vocab) + min(max(half, of_a_row), vocab * of_a_row))
+
+
+def cuda_workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of workspace that suffice for up to `rows` rows on any GPU: at most 56 MiB and 28 bytes a token.
+
+    It depends on neither `hidden_size` nor `dtype`: logits leave the product in float32, whatever they are.
+    """
+    return bytes_of(most_memory(rows, vocab))
 
 
 def workspace_of(tensors: Sequence[Tensor]) -> int:
@@ -223,20 +240,55 @@ def _project(hidden: Tensor, weight: Tensor, tile: Tensor, tiling: Tiling, spare
 
 
 def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Callable[[], object]:
-    """Resolve a call over fixed memory."""
+    """Resolve a call over fixed memory.
+
+    On a GPU nothing is read back, so an unknown confidence rule is not found: it counts as low_confidence. Raises
+    `ProgramError` there for float64, for a workspace that is too small, and for tables that are not dense.
+    """
     assert workspace is not None, "decode_head declares a workspace"
     token, confidence, logprob = outs
-    return lambda: decode_head_out(*args, token=token, confidence=confidence, logprob=logprob, workspace=workspace)
+    if args[0].is_cuda:
+        from dllmc.ops.kernels.decode_head import decode_head
+
+        _require_cuda(args, workspace)
+        hidden, weight, bias, scale, segment, position, target, *tables = args
+        rows = segment, position, target
+        return partial(decode_head, hidden, weight, bias, scale, *rows, tables, token, confidence, logprob, workspace)
+    return partial(decode_head_out, *args, token=token, confidence=confidence, logprob=logprob, workspace=workspace)
 
 
-@torch.no_grad()
+def _require_cuda(args: Sequence[Any], workspace: Tensor) -> None:
+    """What the kernels rely on."""
+    hidden, weight = args[:2]
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ProgramError(f"decode_head takes float32, bfloat16 or float16 on a GPU, found {hidden.dtype}")
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    needed = bytes_of(CudaTiling.of(rows, vocab).memory()) if rows else 0
+    if workspace.numel() < needed:
+        raise ProgramError(
+            f"decode_head: {rows} rows by {vocab} tokens need a workspace of {needed} bytes on a GPU, found "
+            f"{workspace.numel()}; plan it with `cuda_workspace_bytes` for the largest number of rows"
+        )
+    for name, table in zip(_TABLES, args[4:], strict=True):
+        if not table.is_contiguous():
+            raise ProgramError(f"decode_head: {name} is dense on a GPU, found strides {list(table.stride())}")
+
+
 def _decode_head(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     outs = _fake(hidden, weight, *args)
-    token, confidence, logprob = outs
-    size = workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
-    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
-    decode_head_out(hidden, weight, *args, token=token, confidence=confidence, logprob=logprob, workspace=workspace)
+    run_bound(bind, (hidden, weight, *args), outs, workspace_of)
     return outs
+
+
+def _decode_head_cuda(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outs = _fake(hidden, weight, *args)
+    run_bound(bind, (hidden, weight, *args), outs, _cuda_workspace_of)
+    return outs
+
+
+def _cuda_workspace_of(tensors: Sequence[Tensor]) -> int:
+    hidden, weight = tensors[:2]
+    return cuda_workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
 
 
 def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,4 +298,5 @@ def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tens
 
 
 library.impl("decode_head", _decode_head, "CPU")
+library.impl("decode_head", _decode_head_cuda, "CUDA")
 torch.library.register_fake("dllmc::decode_head", _fake, lib=library)

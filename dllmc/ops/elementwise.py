@@ -1,5 +1,7 @@
 """Torch's own operators that a program may name: each writes into a given output, none allocates one.
 
+On CUDA none of them waits for the GPU. A reduction of few rows and many columns may take some of torch's own memory
+there, to add what several blocks found, and a number to the power of a tensor takes a number's.
 Names are those of the functional overloads. A program's operand list is the overload's positional arguments, then
 those of its keyword options that `OPTIONS` names.
 """
@@ -57,9 +59,8 @@ _WITH_OUT: Mapping[str, Callable[..., object]] = {
     "aten.pow.Scalar": torch.pow,
     "aten.pow.Tensor_Tensor": torch.pow,
     "aten.reciprocal.default": torch.reciprocal,
-    "aten.relu.default": torch.ops.aten.relu.out,
+    "aten.relu.default": partial(torch.clamp_min, min=0),  # `relu.out` copies from a transient
     "aten.rsqrt.default": torch.rsqrt,
-    "aten.rsub.Scalar": torch.ops.aten.rsub.Scalar_out,
     "aten.sigmoid.default": torch.sigmoid,
     "aten.silu.default": torch.ops.aten.silu.out,
     "aten.sin.default": torch.sin,
@@ -109,6 +110,16 @@ def _bind_power(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor |
     return partial(torch.pow, x, exponent, out=outs[0])
 
 
+def _bind_reversed_subtraction(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
+    """`rsub(x, number, alpha)`: number - alpha * x; `rsub.out` copies from a transient.
+
+    The number stays on the CPU, whence torch passes it to a GPU's kernel by value.
+    """
+    x, number, alpha = (*args, 1)[:3]
+    minuend = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+    return partial(torch.sub, minuend, x, alpha=alpha, out=outs[0])
+
+
 def _bind_masked_fill(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) -> Call:
     x, mask, value = args
     return lambda: outs[0].copy_(x).masked_fill_(mask, value)
@@ -118,6 +129,7 @@ BINDERS = {
     **{name: _bind_with_out(name) for name in _WITH_OUT},
     "aten.masked_fill.Scalar": _bind_masked_fill,
     "aten.pow.Tensor_Scalar": _bind_power,
+    "aten.rsub.Scalar": _bind_reversed_subtraction,
     "aten.square.default": _bind_square,
 }
 

@@ -1,5 +1,6 @@
 """Inputs for the fused head: segments with mixed parameters, logits that are exact or clear-cut, and what to expect."""
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -167,3 +168,19 @@ def _case(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, seg
     vocab = len(weight)
     target = torch.where(index % 3 == 1, (7 * index + vocab // 2) % vocab, -1)
     return Case(hidden, weight, bias, scale, segments, index % len(segments), 3 * index + 1, target)
+
+
+def assert_results(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Tokens exactly, confidences and logprobs within 1e-5 relative."""
+    assert actual[0].tolist() == expected[0].tolist()
+    for out, wanted in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(out.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+
+
+def decisive(case: Case, rows: int) -> tuple[Case, Results]:
+    """The case's first `rows` rows that float32 rounding cannot decide, and their brute-force results."""
+    results = case.brute_force()
+    kept = [row for row, (*_, margin) in enumerate(results) if margin >= DECISIVE][:rows]
+    assert len(kept) == rows
+    token, confidence, logprob, _ = zip(*(results[row] for row in kept), strict=True)
+    return case.take(kept), (torch.tensor(token), torch.tensor(confidence), torch.tensor(logprob))

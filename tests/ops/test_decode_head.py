@@ -19,28 +19,13 @@ from tests.ops.head_cases import (
     GREEDY,
     MIXED,
     RANDOM,
-    Case,
     Segment,
+    assert_results,
+    decisive,
     exact,
     from_logits,
     random,
 )
-
-
-def assert_results(actual, expected):
-    """Tokens exactly, confidences and logprobs within 1e-5 relative."""
-    assert actual[0].tolist() == expected[0].tolist()
-    for out, wanted in zip(actual[1:], expected[1:], strict=True):
-        torch.testing.assert_close(out.double(), wanted.double(), rtol=1e-5, atol=1e-6)
-
-
-def decisive(case: Case, rows: int) -> tuple[Case, tuple[torch.Tensor, ...]]:
-    """The case's first `rows` rows that float32 rounding cannot decide, and their brute-force results."""
-    results = case.brute_force()
-    kept = [row for row, (*_, margin) in enumerate(results) if margin >= DECISIVE][:rows]
-    assert len(kept) == rows
-    token, confidence, logprob, _ = zip(*(results[row] for row in kept), strict=True)
-    return case.take(kept), (torch.tensor(token), torch.tensor(confidence), torch.tensor(logprob))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 130])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from dllmc.ops import elementwise
 from dllmc.ops.registry import operator
@@ -41,7 +42,8 @@ CALLS: dict[str, list[list[Any]]] = {
     **{f"aten.{name}.default": [[X]] for name in ("silu", "sin", "square", "tanh", "gelu")},
     **{f"aten.{name}.default": [[X.abs()]] for name in ("log", "rsqrt", "sqrt")},
     **{f"aten.{name}.Tensor": [[X, Y], [X, 2.5], [X, Y[:, :1]], [X[0], Y]] for name in ("add", "sub", "mul", "div")},
-    **{f"aten.{name}.Scalar": [[X, 2.5], [X, 3]] for name in ("add", "sub", "mul", "div", "rsub")},
+    **{f"aten.{name}.Scalar": [[X, 2.5], [X, 3]] for name in ("add", "sub", "mul", "div")},
+    "aten.rsub.Scalar": [[X, 2.5], [X, 3], [X, 0.5, 3], [X.half(), 0.1], [ROWS, 5], [X.double(), 0.1]],
     **{f"aten.{name}.default": [[X, Y], [X, Y[:1]]] for name in ("maximum", "minimum")},
     "aten.clamp.default": [[X, -0.5, 0.5], [X, None, 0.5], [X, -0.5]],
     "aten.clamp_max.default": [[X, 0.5], [ROWS, 1]],
@@ -91,6 +93,19 @@ def test_an_operator_writes_what_torch_returns(name: str, layout: str) -> None:
         if layout == "row-major":
             arena = out.as_strided((out.numel() + 16,), (1,), 0)
             assert torch.equal(torch.cat((arena[:8], arena[-8:])), torch.full((16,), 77, dtype=out.dtype))
+
+
+@pytest.mark.parametrize("name", sorted(elementwise.BINDERS))
+def test_no_memory_is_taken_beside_the_result(name: str) -> None:
+    """But a few bytes for a number; and softmax that converts, which on the CPU converts first."""
+    for args in CALLS[name]:
+        if torch.float32 in args:
+            continue
+        out = torch.empty_like(torch_function(name)(*args))
+        call = operator(name).bind(args, [out], None)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            call()
+        assert sum(max(0, event.self_cpu_memory_usage) for event in recorded.events()) <= 16
 
 
 OPTIONS: dict[str, tuple[list[Any], dict[str, Any]]] = {

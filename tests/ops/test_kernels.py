@@ -10,7 +10,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dllmc.ops.kernels import attention, glu, keep, norm, rope
+from dllmc.ops.kernels import attention, glu, guide_rows, head_finish, head_reduce, head_select, keep, norm, rope
+from dllmc.ops.kernels.decode_head import Tile
 
 def compiled(kernel, types, num_warps=4, **constants):
     # Operands of other names are int32.
@@ -62,6 +63,27 @@ compiled(keep._add, types, **sizes)
 compiled(keep._score, types, group=7, **sizes)
 compiled(keep._select, types, at_once=4096, lanes=1, num_warps=16)
 compiled(keep._pack, types, page_tokens=16, **sizes)
+
+types = pointers("bf16", "hidden", "out") | pointers("i64", "guided") | pointers("fp32", "guidance")
+compiled(guide_rows._guide_rows, types, lanes=64, block=1024)
+
+tables = pointers("i64", "row_segment", "row_position", "row_target", "top_k", "rule", "seed", "step", "suppressed")
+tables |= pointers("fp32", "temperature", "top_p") | pointers("i64", "keys", "token") | {"scale": "fp32"}
+tables |= pointers("fp32", "logits", "statistics", "target_logit", "confidence", "logprob")
+for dtype, name, rows, absent in (
+    ("bfloat16", "bf16", 16, ["bias_ptr"]),
+    ("bfloat16", "bf16", 64, []),
+    ("float32", "fp32", 64, []),
+    ("bfloat16", "bf16", 2048, ["hidden_ptr", "weight_ptr"]),
+):
+    tile = Tile.of(rows, getattr(torch, dtype), fused=rows <= 64)
+    compiled(
+        head_reduce.reduce_tile, pointers(name, "hidden", "weight", "bias") | tables, multiplies=rows <= 64,
+        rows_at_once=tile.rows, part=128 if rows <= 64 else 2048, width_at_once=tile.width, suppressed_lanes=64,
+        num_warps=tile.warps, **dict.fromkeys(absent),
+    )
+compiled(head_select.select_candidates, tables, most=1024, at_once=4096, num_warps=16)
+compiled(head_finish.finish_rows, tables, most=1024, lanes=2048, num_warps=8)
 """
 
 
@@ -89,6 +111,7 @@ torch.ops.dllmc.add_rms_norm(x, x, None, None, 1e-6)
 torch.ops.dllmc.add_layer_norm(x, x, None, None, 1e-6)
 torch.ops.dllmc.rope(x, x[:, 0], x[:, 0], None)
 torch.ops.dllmc.glu(x, x, "silu")
+torch.ops.dllmc.guide_rows(x[0], torch.tensor([0]), torch.ones(1))
 print("triton" in sys.modules)
 """)
     assert loaded.strip() == "False"

@@ -14,6 +14,7 @@ from dllmc.errors import ProgramError
 from dllmc.ops import linear
 from dllmc.ops.linear import HALF, Tiling, has_native_gemm, widened, workspace_bytes, workspace_of
 from dllmc.ops.registry import operator
+from tests.ops.launches import replayed
 from tests.ops.storages import bytes_outside
 
 UNTOUCHED = 77.0
@@ -174,3 +175,24 @@ def test_the_cpu_is_asked_for_its_instructions() -> None:
     assert has_native_gemm(torch.float16) == ("avx512_fp16" in flags)
     assert has_native_gemm(torch.float32)
     assert has_native_gemm(torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_gpu_multiplies_every_dtype_itself(dtype: torch.dtype, biased: bool) -> None:
+    """Few rows and many, into a window; it never waits for the GPU, and leaves the workspace alone."""
+    for rows in (1, 32, 200):
+        x, other = (random(rows, 300, dtype=dtype, seed=seed) for seed in (1, 2))
+        weight, bias = random(70, 300, dtype=dtype, seed=3), random(70, dtype=dtype, seed=4) if biased else None
+        placed = [None if t is None else t.cuda() for t in (x, weight, bias)]
+        out = torch.full((rows, 90), UNTOUCHED, dtype=dtype, device="cuda")
+        workspace = torch.full((1 << 20,), 255, dtype=torch.uint8, device="cuda")
+        run = linear.bind(placed, [out[:, 10:80]], workspace)
+        replayed(run, lambda placed=placed, other=other: placed[0].copy_(other))
+        wide = other.double(), weight.double().T
+        exact = wide[0] @ wide[1] + (0 if bias is None else bias.double())
+        allowed = torch.finfo(dtype).eps * (wide[0].abs() @ wide[1].abs() + 1)
+        assert ((out[:, 10:80].cpu().double() - exact).abs() <= allowed).all()
+        assert torch.cat((out[:, :10], out[:, 80:]), dim=1).eq(UNTOUCHED).all()
+        assert workspace.eq(255).all()
