@@ -89,6 +89,7 @@ def check(programs: Mapping[str, Program], spec: ModelSpec) -> None:
 
 
 def _problems(program: Program, spec: ModelSpec) -> Iterator[str]:
+    rows = {"token_ids": spec.vocab_size, "positions": min(spec.max_positions, program.maxima["tokens"])}
     for name, tensor in program.inputs.items():
         if (wanted := _input(name, tensor)) is None:
             yield f"input {name!r}: no engine has it"
@@ -105,13 +106,9 @@ def _problems(program: Program, spec: ModelSpec) -> Iterator[str]:
     if program.caches and "page_table" not in program.inputs:
         yield "it has caches; expected an input 'page_table', found none"
     elif program.caches:
-        width, pages = (
-            program.inputs["page_table"].shape[1].constant,
-            -(-program.maxima["tokens"] // program.page_tokens),
-        )
+        width, pages = program.inputs["page_table"].shape[1].constant, -(-rows["positions"] // program.page_tokens)
         if width < pages:
             yield f"input 'page_table': expected {pages} pages or more a segment, found {width}"
-    rows = {"token_ids": spec.vocab_size, "positions": min(spec.max_positions, program.maxima["tokens"])}
     for call, _ in program.calls():
         views = {name: view for name, view in operands(call) if isinstance(view, View)}
         tables, picks = _TABLES.get(call.op, ((), ""))

@@ -38,7 +38,8 @@ class CacheKV(Pass):
         if any(argument(node, 6) is not None for node in attentions):
             return PassResult(False, notes=("attention with a window: every step will be dense",))
         segments = step.size("segments")
-        width = -(-step.maxima["tokens"] // self.page_tokens)
+        most = step.maxima["tokens"]
+        width = -(-min(most, step.spec.max_positions) // self.page_tokens)
         active = step.add_input("active", (step.size("active"),), torch.int64)
         keeping = step.add_input("keeping", (segments, KEEPING_FIELDS), torch.int64)
         cached = step.add_input("cached", (segments,), torch.int64)
@@ -52,7 +53,8 @@ class CacheKV(Pass):
                 queries = _at(step, q, active)  # type: ignore[arg-type]
                 kept = step.call(KEEP, cache, queries, k, v, whole, keeping, page_table, origin=node)
             node.args = (*(argument(node, i) for i in range(8)), kept, cached, page_table)
-        step.maxima = {**step.maxima, PAGES: width + step.maxima["segments"]}  # what a full step may cache
+        pages = -(-most // self.page_tokens) + step.maxima["segments"]
+        step.maxima = {**step.maxima, PAGES: pages}  # what a full step may cache
         return PassResult(True, {"caches": len(attentions)})
 
 

@@ -1,6 +1,7 @@
 """cache-kv: attention reads what earlier steps kept, and a Refresh keeps what later ones read."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_a_cache_is_as_wide_as_its_layer_and_of_its_dtype() -> None:
     assert step.program is not None
     described = [(c.dtype, [str(d) for d in c.shape]) for c in step.program.caches.values()]
     assert described == [("bfloat16", ["2", "2", "pages", "32", "4"])] * 2
-    assert [str(dim) for dim in step.program.inputs["page_table"].shape] == ["segments", "4"]
+    assert SPEC.max_positions == 32
+    assert [str(dim) for dim in step.program.inputs["page_table"].shape] == ["segments", "1"]
     assert step.program.maxima["pages"] == 4 + 3
     assert step.program.page_bytes == 2 * 2 * 2 * 32 * 4 * 2
     assert step.program.cache_bytes == 7 * step.program.page_bytes
@@ -109,7 +111,10 @@ def test_a_page_has_as_many_slots_as_the_pass_is_told() -> None:
     step, _ = rewrite(Model(), SPEC, options)
     assert step.program is not None
     assert step.program.page_tokens == 8
-    assert str(step.program.inputs["page_table"].shape[1]) == "13"
+    assert str(step.program.inputs["page_table"].shape[1]) == "4"
+    shorter, _ = rewrite(Model(), SPEC, replace(options, max_tokens_per_step=17))
+    assert shorter.program is not None
+    assert str(shorter.program.inputs["page_table"].shape[1]) == "3"
 
 
 def test_windowed_attention_is_left_alone() -> None:
