@@ -7,7 +7,8 @@
     confidence_rule, seed, step [S] int64, suppressed [S, K] int64 padded with -1
     -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the target or the chosen token)
 
-Rules: semantics.md, "Commit". Statistics and the logits of a tile are float32, whatever the dtype of `hidden`.
+Rules: semantics.md, "Commit". Statistics are float32, whatever the dtype of `hidden`; so are logits, but on a CPU with
+instructions for that dtype, whose products torch rounds to it.
 On a GPU: `dllmc.ops.kernels.decode_head`.
 """
 
@@ -27,7 +28,7 @@ from dllmc.ops.head_rows import CANDIDATES, HeadRows
 from dllmc.ops.head_rows import ConfidenceRule as ConfidenceRule
 from dllmc.ops.head_tiles import CudaTiling, most_memory
 from dllmc.ops.library import library, run_bound
-from dllmc.ops.linear import FEW_ROWS, transposes
+from dllmc.ops.linear import FEW_ROWS, HALF, has_native_gemm, transposes
 
 # Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
 BUDGET = 1 << 20
@@ -51,24 +52,29 @@ class Tiling:
     """How R rows by V tokens are cut: rows a chunk, columns a tile.
 
     A product that does not go straight into its tile is made of `part_rows` rows of the weight at a time, in `spare`
-    float32 elements of workspace: they hold those rows if the weight is not float32, and the product's transpose
-    where that is faster.
+    float32 elements of workspace. Where it is `native`, the CPU multiplies the weight's dtype, and the product is in
+    that dtype; else they hold those rows if the weight is not float32, and the product's transpose where that is
+    faster.
     """
 
     rows: int
     columns: int
     part_rows: int = 0
     spare: int = 0
+    native: bool = False
 
     @classmethod
     def of(cls, rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> "Tiling":
         """Cut at least one row so that it fits the `workspace_bytes` of as many rows, or of more."""
+        native = dtype in HALF and has_native_gemm(dtype)
         of_a_row = (rows if transposes(rows, dtype) else 0) + (0 if dtype == torch.float32 else hidden_size)
         budget = BUDGET // 2 if of_a_row else BUDGET
         chunks = -(-rows * NARROWEST_TILE // budget)
         chunk = -(-rows // chunks)
         columns = budget // chunk
         columns = vocab if columns >= vocab else columns // 256 * 256
+        if native:
+            return cls(chunk, columns, columns, -(-chunk * columns // 2), native)
         part = min(columns, max(1, budget // of_a_row)) if of_a_row else 0
         return cls(chunk, columns, part, part * of_a_row)
 
@@ -84,7 +90,8 @@ def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype)
     if dtype == torch.float32:
         return 4 * min(BUDGET, max(rows, 2 * few) * vocab)
     half, of_a_row = BUDGET // 2, few + hidden_size
-    return 4 * (min(half, rows * vocab) + min(max(half, of_a_row), vocab * of_a_row))
+    logits = min(half, rows * vocab)
+    return 4 * (logits + max(min(max(half, of_a_row), vocab * of_a_row), -(-logits // 2)))
 
 
 def cuda_workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -204,7 +211,7 @@ def decode_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One chunk of at most `tiling.rows` rows over all tiles of the vocabulary; `floats`: float32 workspace."""
     count, vocab = hidden.shape[0], weight.shape[0]
-    hidden = hidden.float()
+    hidden = hidden if tiling.native else hidden.float()
     merged = None
     for start in range(0, vocab, tiling.columns):
         stop = min(start + tiling.columns, vocab)
@@ -222,9 +229,13 @@ def decode_tiles(
 
 
 def _project(hidden: Tensor, weight: Tensor, tile: Tensor, tiling: Tiling, spare: Tensor) -> None:
-    """Fill `tile` [rows, columns] with hidden @ weight.T; hidden and tile are float32."""
+    """Fill `tile` [rows, columns] float32 with hidden @ weight.T; hidden is float32, but for a native product."""
     if not tiling.part_rows:
         torch.mm(hidden, weight.T, out=tile)
+        return
+    if tiling.native:
+        product = spare[: -(-tile.numel() // 2)].view(hidden.dtype)[: tile.numel()].view(tile.shape)
+        tile.copy_(torch.mm(hidden, weight.T, out=product))
         return
     rows = hidden.shape[0]
     for part, logits in zip(weight.split(tiling.part_rows), tile.split(tiling.part_rows, dim=1), strict=True):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllmc.errors import ProgramError, RequestError
 from dllmc.ops import decode_head
 from dllmc.ops.decode_head import Tiling, workspace_bytes, workspace_of
+from dllmc.ops.linear import HALF
 from tests.ops.head_cases import (
     DECISIVE,
     GREEDY,
@@ -150,13 +152,21 @@ def test_more_rows_than_a_tile_takes():
     assert_results(case.run(), case.reference(torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.fixture
+def without_instructions(monkeypatch):
+    """As on a CPU that multiplies no matrices of half precision: weights are widened."""
+    monkeypatch.setattr(decode_head, "has_native_gemm", lambda dtype: False)
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_weights_give_float32_logits(dtype):
     """Logits are not rounded to the dtype of `hidden`: results are those of its values in float64."""
     wide, expected = decisive(random(30, 900, 48).to(dtype).to(torch.float32), 28)
     assert_results(wide.to(dtype).run(), expected)
 
 
+@pytest.mark.usefixtures("without_instructions")
 def test_half_precision_weights_are_cast_in_parts():
     """Weights wider than the workspace are cast a few rows at a time."""
     wide, expected = decisive(random(6, 700, 2048).to(torch.bfloat16).to(torch.float32), 5)
@@ -164,7 +174,8 @@ def test_half_precision_weights_are_cast_in_parts():
     assert_results(wide.to(torch.bfloat16).run(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(
     ("rows", "vocab", "hidden_size"),
     [(8, 700, 2048), (9, 700, 2048), (32, 30_000, 8), (64, 20_000, 8), (65, 20_000, 8)],
@@ -177,15 +188,33 @@ def test_few_rows_and_more_give_the_same(dtype, rows, vocab, hidden_size):
     assert_results(case.to(dtype).run(), (token, confidence, logprob))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("rows", "vocab", "hidden_size"), [(1, 700, 2048), (9, 700, 2048), (40, 400, 8), (600, 1500, 8)]
+)
+def test_native_products_round_logits_alone(monkeypatch, dtype, rows, vocab, hidden_size):
+    """On a CPU that multiplies the dtype: products are rounded to it, bias, scale and statistics are float32."""
+    monkeypatch.setattr(decode_head, "has_native_gemm", lambda dtype: True)
+    case = exact(rows, vocab, hidden_size, bias=True, scale=0.5)
+    products = (case.hidden.double() @ case.weight.double().T).to(dtype).float()
+    rounded = replace(case, hidden=products, weight=torch.eye(vocab))
+    token, _, _ = rounded.reference(torch.float32)
+    _, confidence, logprob = rounded.reference(torch.float64)
+    assert Tiling.of(rows, vocab, hidden_size, dtype).native
+    assert_results(case.to(dtype).run(), (token, confidence, logprob))
+
+
 sizes = st.integers(1, 5000)
 
 
 @given(sizes, sizes, st.integers(1, 300_000), st.integers(1, 9000), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, derandomize=True)
 def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows, more, vocab, hidden_size, dtype):
-    """What is planned for the most rows fits any call with as many or fewer, and stays at about 4 MiB."""
+    """What is planned for the most rows fits any call with as many or fewer, on any CPU, and stays at about 4 MiB."""
     planned = workspace_bytes(rows + more, vocab, hidden_size, dtype)
-    assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements <= planned
+    for native in (False, True):
+        with patch.object(decode_head, "has_native_gemm", lambda dtype, native=native: native):
+            assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements <= planned
     hidden, weight = (torch.empty(n, hidden_size, dtype=dtype, device="meta") for n in (rows + more, vocab))
     assert planned == workspace_of([hidden, weight]) <= 4 << 20
 
