@@ -78,10 +78,12 @@ def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype)
     return 4 * (min(half, rows * vocab) + min(max(half, of_a_row), vocab * of_a_row))
 
 
-def workspace_of(tensors: Sequence[Tensor]) -> int:
-    """`workspace_bytes` for a call on tensors like these."""
+def workspace_of(tensors: Sequence[Tensor], device: str) -> int:
+    """Bytes for a call on tensors like these, on a device of that kind."""
     hidden, weight = tensors[:2]
-    return workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
+    sizes = hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype
+    of_device = {"cpu": (workspace_bytes,), "cuda": (workspace_bytes,)}  # what is for cuda suffices on a CPU too
+    return max(needed(*sizes) for needed in of_device[device])
 
 
 def reference(

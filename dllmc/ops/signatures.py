@@ -102,7 +102,7 @@ def _is(value: Any, kind: str) -> bool:
 
 def _check_workspace(program: Program, instruction: Instruction, sizes: Sizes, where: str) -> None:
     tensors = [_resolved(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
-    needed = operator(instruction.op).workspace_bytes(tensors)
+    needed = operator(instruction.op).workspace_bytes(tensors, program.device)
     planned, dtype = 0, "uint8"
     if instruction.workspace is not None:
         workspace = program.tensor(instruction.workspace)

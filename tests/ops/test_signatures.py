@@ -167,7 +167,7 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
     out, tensors = tensor(ROWS, 4, dtype="bfloat16"), {"x": hidden, "weight": weight}
     made = one_call("aten.linear.default", views, out, tensors, workspace=3)
     needed = OPERATORS["aten.linear.default"].workspace_bytes(
-        [torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)]
+        [torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)], "cpu"
     )
     assert needed > 0
     with pytest.raises(ProgramError, match=rf"expected a workspace of {needed} bytes \(uint8\) or more, found 3"):
