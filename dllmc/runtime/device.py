@@ -23,7 +23,8 @@ def resolve(wanted: str | None, planned: str, where: str) -> torch.device:
     if device.type == "cpu":
         return CPU
     if planned != "cuda":
-        raise DeviceError(f'{where}: compiled for {planned}, so it cannot run on {device}; compile with device="cuda"')
+        next_step = 'compile with device="cuda" (--device cuda)'
+        raise DeviceError(f"{where}: compiled for {planned}, so it cannot run on {device}; {next_step}")
     if not torch.cuda.is_available():
         raise DeviceError(
             f"{where}: compiled for cuda, but torch finds no CUDA device on this machine; "

@@ -18,9 +18,10 @@ import torch
 from dllmc.artifact import Artifact
 from dllmc.errors import CancelledError, DeadlineError, QueueFullError, RequestError, StepError
 from dllmc.ir.program import PAGES
-from dllmc.runtime import batch, device, likelihood, scheduler, warm_up
+from dllmc.runtime import batch, likelihood, scheduler, warm_up
 from dllmc.runtime.arena import Memory, require_weights
 from dllmc.runtime.buckets import Buckets
+from dllmc.runtime.device import resolve
 from dllmc.runtime.graphs import GraphExecutor, executors
 from dllmc.runtime.handle import Request
 from dllmc.runtime.kv_pool import KVPool
@@ -53,11 +54,11 @@ class Engine:
         loaded: Artifact,
         scheduling: str = "multiplexed",
         max_queue: int = MAX_QUEUE,
-        on: str | None = None,
+        device: str | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         buckets: bool | None = None,
     ) -> None:
-        """`dllmc.load` makes one, and says what `scheduling`, `max_queue` and the device `on` which it runs are.
+        """`dllmc.load` makes one, and says what `scheduling`, `max_queue` and `device` are.
 
         weights: instead of the artifact's, by name, of their dtypes and shapes, dense and on that device. buckets:
         whether steps are padded to `dllmc.runtime.buckets`, which changes no token; None: on a GPU, which records them.
@@ -75,7 +76,7 @@ class Engine:
         if program.caches:
             self.pool = KVPool(program.maxima[PAGES], program.page_tokens)
             width = program.inputs["page_table"].shape[1].constant
-        self.device = device.resolve(on, loaded.device, str(loaded.path))
+        self.device = resolve(device, loaded.device, str(loaded.path))
         programs = list(loaded.programs.values())
         if weights is None:
             weights = loaded.load_weights(self.device)
@@ -205,6 +206,7 @@ class Engine:
             for phase, sizes in warm_up.shapes(like, self._executors.keys(), self._program.name, self._buckets):
                 executor = self._executors[phase]
                 recorded += isinstance(executor, GraphExecutor) and executor.record(sizes)
+        self._tell()  # those who waited for the step that they took this for
         return recorded
 
     def stats(self) -> Stats:

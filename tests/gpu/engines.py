@@ -15,7 +15,7 @@ def engine_on(device: str, source: Any, out: Path, **options: Any) -> dllmc.Engi
     """Compile for cuda and load on a device; on a CPU steps are padded as they are on a GPU."""
     spec = options.pop("spec", None)
     compiled = dllmc.compile(source, out, dllmc.CompileOptions(**options, device="cuda"), spec)
-    return dllmc.Engine(compiled, on=device, buckets=True)
+    return dllmc.Engine(compiled, device=device, buckets=True)
 
 
 def requests(count: int = 24) -> tuple[list[list[int]], list[dllmc.SamplingParams], list[dllmc.CachePolicy]]:

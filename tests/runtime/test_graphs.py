@@ -190,7 +190,7 @@ def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any, monk
     """All programs over one memory: upload, record, replay and read back in any order, and after warming up."""
     options = dllmc.CompileOptions(max_tokens_per_step=200, max_requests=4, max_logit_rows=24, device="cuda")
     loaded = dllmc.compile(ROOT / folder, tmp_path / "out", options)
-    plain = dllmc.Engine(loaded, on="cpu")
+    plain = dllmc.Engine(loaded, device="cpu")
     stream = Recorder()
 
     def executors(programs: Any, memory: Memory) -> dict[str, GraphExecutor]:
@@ -198,7 +198,7 @@ def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any, monk
         return {name: GraphExecutor(program, memory, stream) for name, program in programs.items()}
 
     monkeypatch.setattr("dllmc.runtime.engine.executors", executors)
-    engine = dllmc.Engine(loaded, on="cpu", buckets=True)
+    engine = dllmc.Engine(loaded, device="cpu", buckets=True)
     params = [
         dllmc.SamplingParams(gen_length=12, block_length=6, ignore_eos=True, seed=i, temperature=i % 2, cfg_scale=i % 3)
         for i in range(9)
