@@ -202,11 +202,13 @@ class Engine:
         if self._buckets is None:
             return 0
         recorded = 0
-        with self._driving:
-            for phase, sizes in warm_up.shapes(like, self._executors.keys(), self._program.name, self._buckets):
-                executor = self._executors[phase]
-                recorded += isinstance(executor, GraphExecutor) and executor.record(sizes)
-        self._tell()  # those who waited for the step that they took this for
+        try:
+            with self._driving:
+                for phase, sizes in warm_up.shapes(like, self._executors.keys(), self._program.name, self._buckets):
+                    executor = self._executors[phase]
+                    recorded += isinstance(executor, GraphExecutor) and executor.record(sizes)
+        finally:
+            self._tell()  # those who wait for a step, which this kept from running
         return recorded
 
     def stats(self) -> Stats:
