@@ -39,7 +39,7 @@ class Sequence:
     def add(self, name: str, args: list[Any], *outs: Tensor) -> Tensor:
         """One call, and the workspace it declares; its first result."""
         op = operator(name)
-        size = op.workspace_bytes([a for a in args if isinstance(a, Tensor)])
+        size = op.workspace_bytes([a for a in args if isinstance(a, Tensor)], "cpu")
         self.calls.append(op.bind(args, list(outs), torch.empty(size, dtype=torch.uint8) if size else None))
         return outs[0]
 

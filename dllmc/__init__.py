@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from dllmc.compiler import CompileOptions, compile
     from dllmc.models.checkpoint import load_model, load_spec
     from dllmc.runtime.async_engine import AsyncEngine
-    from dllmc.runtime.engine import Engine, load
+    from dllmc.runtime.engine import Engine
     from dllmc.runtime.handle import Request, Update
     from dllmc.runtime.likelihood import Score
+    from dllmc.runtime.loading import load
     from dllmc.runtime.metrics import Stats
     from dllmc.runtime.params import CachePolicy, Prompt, SamplingParams
     from dllmc.runtime.request import GenerationResult
@@ -36,7 +37,7 @@ _HOME = {
     "Stats": "dllmc.runtime.metrics",
     "Update": "dllmc.runtime.handle",
     "compile": "dllmc.compiler",
-    "load": "dllmc.runtime.engine",
+    "load": "dllmc.runtime.loading",
     "load_model": "dllmc.models.checkpoint",
     "load_spec": "dllmc.models.checkpoint",
 }

@@ -14,7 +14,7 @@ from dllmc import artifact
 from dllmc.artifact import Artifact, Links
 from dllmc.capture import capture
 from dllmc.errors import ConfigError, PassError
-from dllmc.ir.program import PAGES
+from dllmc.ir.program import DEVICES, PAGES
 from dllmc.ir.step_graph import StepGraph
 from dllmc.ir.trace import Trace
 from dllmc.models import checkpoint
@@ -23,6 +23,7 @@ from dllmc.passes import pipeline
 from dllmc.passes.base import Observer, Pass, Values
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.fit_budget import FitBudget
+from dllmc.passes.lower import Lower
 from dllmc.passes.recorder import Recorder
 from dllmc.passes.sizing import with_rows
 from dllmc.passes.verify import NumericCheck
@@ -58,6 +59,8 @@ class CompileOptions:
         tokens and rows, as large as fit. None: a step works on all at once.
     dtype: of a checkpoint's weights and activations, one of `DTYPES`; statistics of norms, softmax and logits are
         float32 in each. A bare module is compiled in the dtypes that it has.
+    device: what operators' workspaces are planned for, "cpu" or "cuda". An artifact for cuda can be loaded on a CPU,
+        but not the other way round. Compiling needs no such device.
     passes: pipeline text, see `dllmc.passes.pipeline`, or the passes themselves.
     verify: "numeric" runs the graph before and after each pass on random inputs, and the program at the end, and
         raises `PassError` where they disagree; for it a step must take its weights into memory.
@@ -70,6 +73,7 @@ class CompileOptions:
     max_logit_rows: int | None = None
     memory_budget: int | None = None
     dtype: str = "float32"
+    device: str = DEVICES[0]
     passes: str | tuple[Pass, ...] = pipeline.DEFAULT_PIPELINE
     verify: str = "none"
     link_weights: bool = False
@@ -80,14 +84,16 @@ class CompileOptions:
                 raise ConfigError(f"{name}: expected {least} or more, below 2**31, found {getattr(self, name)}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ConfigError(f"memory_budget: expected bytes, 1 or more, found {self.memory_budget}")
-        for name, choices in (("dtype", DTYPES), ("verify", VERIFY)):
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("verify", VERIFY)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
 
     @property
     def pipeline(self) -> tuple[Pass, ...]:
-        """The passes, told of the budget. Raises `PassError` where their text is no pipeline, or takes no budget."""
+        """The passes, told of device and budget. Raises `PassError`: their text is no pipeline, or takes no budget."""
         passes = pipeline.parse(self.passes) if isinstance(self.passes, str) else self.passes
+        if self.device != Lower.device:
+            passes = tuple(Lower(self.device) if current.name == Lower.name else current for current in passes)
         if self.memory_budget is None:
             return passes
         told: dict[str, Pass] = {

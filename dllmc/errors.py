@@ -28,6 +28,10 @@ class BudgetError(DllmcError):
     """A memory budget that is too small; says what takes how many bytes, and the smallest budget that would do."""
 
 
+class DeviceError(DllmcError):
+    """A device that this machine has not, or that an artifact was not compiled for; says what to do instead."""
+
+
 class ProgramError(DllmcError):
     """A program that is malformed, or whose memory plan would overwrite a value that is still needed."""
 

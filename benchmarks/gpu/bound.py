@@ -1,6 +1,6 @@
 """A program's calls of one step, bound to an engine's memory as its executor binds them, to be counted and timed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.work import Work, work_of
-from dllmc.ir.program import PAGES, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import PAGES, Instruction, Program, Sizes
 from dllmc.ops.registry import operator
 from dllmc.runtime.arena import Memory
+from dllmc.runtime.binding import resolved, unrolled
 
 GROUPS = {
     "GEMM": ("aten.linear.default", "aten.matmul.default"),
@@ -54,7 +55,7 @@ def bind(program: Program, memory: Memory, sizes: Sizes) -> list[BoundCall]:
     """Every call of a step of these sizes, those of a loop once an iteration."""
     if program.caches:
         sizes = {**sizes, PAGES: program.maxima[PAGES]}
-    return [_bound(program, memory, here, instruction) for instruction, here in _unrolled(program, sizes)]
+    return [_bound(program, memory, here, instruction) for instruction, here in unrolled(program, sizes)]
 
 
 def load(program: Program, memory: Memory, sizes: Sizes, inputs: Mapping[str, Any]) -> None:
@@ -63,26 +64,8 @@ def load(program: Program, memory: Memory, sizes: Sizes, inputs: Mapping[str, An
         memory.tensor(program, name, sizes).copy_(torch.from_numpy(inputs[name]))
 
 
-def _unrolled(program: Program, sizes: Sizes) -> Iterator[tuple[Instruction, Sizes]]:
-    for item in program.instructions:
-        if isinstance(item, ForRows):
-            for here in program.iterations(item, sizes):
-                yield from ((instruction, here) for instruction in item.body)
-        else:
-            yield item, sizes
-
-
 def _bound(program: Program, memory: Memory, sizes: Sizes, instruction: Instruction) -> BoundCall:
-    def resolved(operand: Operand) -> Any:
-        if isinstance(operand, View):
-            return memory.view(program, operand, sizes)
-        if isinstance(operand, Affine):
-            return operand.at(sizes)
-        if isinstance(operand, DType):
-            return getattr(torch, operand.name)
-        return [resolved(item) for item in operand] if isinstance(operand, tuple) else operand
-
-    args = [resolved(operand) for operand in instruction.inputs]
+    args = [resolved(program, memory, sizes, operand) for operand in instruction.inputs]
     outs = [memory.view(program, view, sizes) for view in instruction.outputs]
     workspace = None if instruction.workspace is None else memory.tensor(program, instruction.workspace, sizes)
     return BoundCall(instruction.op, args, outs, operator(instruction.op).bind(args, outs, workspace))

@@ -23,7 +23,7 @@ from benchmarks import baselines
 from benchmarks.gpu import device as devices
 from benchmarks.gpu import models
 from benchmarks.gpu.record import Record, Section, print_rows, reason
-from benchmarks.gpu.setting import POLICIES, Point, Setting
+from benchmarks.gpu.setting import POLICIES, WARM_UPS, Point, Setting
 from dllmc.models.llada import LLaDAModel
 from dllmc.runtime.engine import Engine
 
@@ -96,9 +96,16 @@ def served(engine: Engine, policy: dllmc.CachePolicy, s: Setting) -> Decode:
 
 
 def measure(
-    decode: Decode, name: str, point: Point, s: Setting, section: Section, found: Found, cap_s: float | None = None
+    decode: Decode,
+    name: str,
+    point: Point,
+    s: Setting,
+    section: Section,
+    found: Found,
+    cap_s: float | None = None,
+    warm_ups: int = 1,
 ) -> Record:
-    """One record. cap_s: what compiling may take."""
+    """One record. cap_s: what compiling may take. warm_ups: blocks that are decoded before."""
     prompts = s.prompts(point)
     first: dict[str, float] = {}
     devices.release(s.device)
@@ -112,10 +119,11 @@ def measure(
         except TimedOut:
             return {"not_measured": f"did not compile within {cap_s:.0f} s"}
         first["compile_and_first_block_seconds"] = time.perf_counter() - start
+    for _ in range(warm_ups):
         start = time.perf_counter()
-    decode(longer, s.block)
-    devices.synchronize(s.device)
-    of_block = time.perf_counter() - start
+        decode(longer, s.block)
+        devices.synchronize(s.device)
+        of_block = time.perf_counter() - start
     if (expected := of_block * s.blocks) > section.left_s:
         return {**first, "not_measured": f"{expected:.0f} s expected, {max(section.left_s, 0):.0f} s left"}
     start = time.perf_counter()
@@ -162,10 +170,10 @@ def run(section: Section, s: Setting, folder: Path, with_compiled: bool = True) 
     tensors = models.random_tensors(s.model, s.layers, s.dtype, device)
     parameters = sum(t.numel() for t in tensors.values())
 
-    def attempt(decode: Decode, name: str, point: Point, cap_s: float | None = None) -> None:
+    def attempt(decode: Decode, name: str, point: Point, cap_s: float | None = None, warm_ups: int = 1) -> None:
         facts = {"contender": name, "prompt": point.prompt, "requests": point.requests}
         needed = expected_s(s, point, name, parameters)
-        section.attempt(facts, partial(measure, decode, name, point, s, section, found, cap_s), needed)
+        section.attempt(facts, partial(measure, decode, name, point, s, section, found, cap_s, warm_ups), needed)
         devices.release(device)
 
     module: nn.Module | None = models.module_of(s.model, s.layers, tensors)
@@ -186,11 +194,6 @@ def run(section: Section, s: Setting, folder: Path, with_compiled: bool = True) 
         start = time.perf_counter()
         engine = models.engine_of(made, weights, device, s.pages)
         record = {"load_seconds": time.perf_counter() - start, "memory": dict(engine.artifact.memory)}
-        warm_up = getattr(engine, "warm_up", None)
-        if warm_up is not None:
-            start = time.perf_counter()
-            warm_up()
-            record["warm_up_seconds"] = time.perf_counter() - start
         engines.append(engine)
         return record
 
@@ -200,7 +203,7 @@ def run(section: Section, s: Setting, folder: Path, with_compiled: bool = True) 
     for engine in engines:
         for point in s.grid:
             for name, policy in POLICIES.items():
-                attempt(served(engine, policy, s), name, point)
+                attempt(served(engine, policy, s), name, point, warm_ups=WARM_UPS)
         engine.close()
     engines.clear()
     tensors.clear()

@@ -22,7 +22,7 @@ BLOCK = 32
 def bound(op: str, sample: Sample, device: torch.device) -> tuple[Call, int]:
     """A call as the executor binds it, and the bytes of its workspace."""
     tensors = [arg for arg in sample.args if isinstance(arg, Tensor)]
-    size = operator(op).workspace_bytes(tensors)
+    size = operator(op).workspace_bytes(tensors, device.type)
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
     return operator(op).bind(sample.args, list(sample.outs), workspace), size
 

@@ -16,7 +16,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.cases import Maker, product
 from benchmarks.gpu.kernels import bound
 from benchmarks.gpu.record import Record, Section, print_rows, reason
-from benchmarks.gpu.setting import POLICIES, Setting
+from benchmarks.gpu.setting import POLICIES, WARM_UPS, Setting
 from dllmc.runtime.engine import Engine
 
 HEAD_ROWS = (64, 512, 2048)
@@ -54,10 +54,8 @@ def of_engine(s: Setting, folder: Path) -> Record:
     del tensors
     devices.release(device)
     engine = models.engine_of(made, weights, device, s.pages)
-    warm_up = getattr(engine, "warm_up", None)
-    if warm_up is not None:
-        warm_up()
-    decode(engine, s)
+    for _ in range(WARM_UPS):
+        decode(engine, s)
     counted = allocations(device)
     steps = decode(engine, s)
     counted_then = allocations(device)

@@ -6,10 +6,9 @@ takes no time where time is dear; this runs anywhere:
 python -m benchmarks.gpu --only prepare --device cuda --programs FOLDER
 """
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import dllmc
 from benchmarks.compile_time import LLADA_8B
 from benchmarks.context_planned import DREAM_7B
 from dllmc import artifact, compiler
-from dllmc.artifact import Artifact
 from dllmc.ir.program import PAGES, Program
 from dllmc.ir.program_json import from_json, to_json
 from dllmc.models.dream import DreamConfig, DreamModel
@@ -121,15 +119,13 @@ def compiled(model: Model, layers: int, limits: Limits, dtype: torch.dtype, devi
     """Capture a step of a module without weights, and run all passes, for steps up to `limits` on a device."""
     with torch.device("meta"):
         module = model.build(layers).to(dtype)
-    given: dict[str, Any] = {
-        "max_tokens_per_step": limits.tokens,
-        "max_requests": limits.requests,
-        "max_logit_rows": limits.rows,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-    }
-    known = {field.name for field in fields(dllmc.CompileOptions)}
-    options = dllmc.CompileOptions(**{name: value for name, value in given.items() if name in known})
+    options = dllmc.CompileOptions(
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        max_tokens_per_step=limits.tokens,
+        max_requests=limits.requests,
+        max_logit_rows=limits.rows,
+    )
     step, _ = compiler.rewrite(module, model.spec, options)
     assert step.program is not None
     programs = {program.name: program for program in (step.program, *step.phases.values())}
@@ -177,16 +173,6 @@ def module_of(model: Model, layers: int, tensors: Mapping[str, Tensor]) -> nn.Mo
     return module.eval()
 
 
-@dataclass(frozen=True)
-class Given(Artifact):
-    """An artifact whose weights are given."""
-
-    weights: Mapping[str, Tensor]
-
-    def load_weights(self) -> dict[str, Tensor]:
-        return dict(self.weights)
-
-
 def engine_of(
     made: Compiled,
     weights: Mapping[str, Tensor],
@@ -198,7 +184,4 @@ def engine_of(
     opened = artifact.in_memory(made.model.spec, made.programs)
     if opened.program.caches:
         opened = opened.with_pages(pages or opened.program.maxima[PAGES])
-    given: dict[str, Any] = {"device": str(device), "weights": weights}
-    known = inspect.signature(Engine).parameters
-    given = {name: value for name, value in given.items() if name in known}
-    return Engine(Given(**vars(opened), weights=weights), scheduling, **given)
+    return Engine(opened, scheduling, device=device, weights=weights)

@@ -13,6 +13,9 @@ PAGE_TOKENS = 32
 MOST_TOKENS = 65536
 """Of a step: more are no faster, and the arena grows with them."""
 
+WARM_UPS = 3
+"""Times that an engine decodes what is then measured: the first runs a step call by call, the second records it."""
+
 POLICIES = {
     "dllmc dense": dllmc.CachePolicy(mode="none"),
     "dllmc cached": dllmc.CachePolicy(),

@@ -25,9 +25,9 @@ from benchmarks.gpu import device as devices
 from benchmarks.gpu.bound import BoundCall
 from benchmarks.gpu.device import Ceilings
 from benchmarks.gpu.record import Record, Section, print_rows, reason
-from benchmarks.gpu.setting import POLICIES, Point, Setting
+from benchmarks.gpu.setting import POLICIES, WARM_UPS, Point, Setting
 from benchmarks.gpu.work import Work
-from dllmc.runtime import batch, executor
+from dllmc.runtime import batch, executor, graphs
 from dllmc.runtime.batch import Batch
 from dllmc.runtime.engine import Engine
 
@@ -68,6 +68,7 @@ def watching() -> Iterator[Watched]:
     with (
         patch.object(batch, "compose", under("compose", batch.compose)),
         patch.object(executor.Executor, "run", under("run", executor.Executor.run)),
+        patch.object(graphs.GraphExecutor, "run", under("run", graphs.GraphExecutor.run)),
         patch.object(Batch, "commit", under("commit", Batch.commit)),
     ):
         yield seen
@@ -179,7 +180,8 @@ def run(section: Section, s: Setting, folder: Path) -> None:
     shortest = min(point.prompt for point in s.grid)
     for point in sorted((p for p in s.grid if p.prompt == shortest), key=lambda p: p.requests):
         with watching() as seen:
-            decode(engine, s, point, s.block, Watched())  # it binds, compiles and captures what is measured
+            for _ in range(WARM_UPS):
+                decode(engine, s, point, s.block, Watched())
             decode(engine, s, point, s.new, seen)
         for phase in PHASES:
             facts = {"phase": phase, "requests": point.requests, "prompt": point.prompt}

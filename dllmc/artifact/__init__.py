@@ -43,6 +43,11 @@ class Artifact:
         """The program that runs any step; others run what needs a part of it, in the same arena."""
         return self.programs.get("mixed") or self.programs["dense"]
 
+    @property
+    def device(self) -> str:
+        """What it was compiled for, one of `dllmc.ir.program.DEVICES`; one for cuda runs on a CPU too."""
+        return self.program.device
+
     def with_pages(self, pages: int) -> "Artifact":
         """The same with another number of pages in the KV pool."""
         programs = {
@@ -51,11 +56,11 @@ class Artifact:
         }
         return replace(self, programs=programs, manifest={**self.manifest, "memory": _memory(programs)})
 
-    def load_weights(self) -> dict[str, torch.Tensor]:
-        """Every weight and constant by name, memory-mapped where it is stored as it is wanted."""
+    def load_weights(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """Every weight and constant by name on a device; on a CPU memory-mapped where it is stored as it is wanted."""
         own = [self.path / name for name in self.manifest["weights"]]
         linked = [weights.linked_file(self.path, link, str(self.path)) for link in self.manifest["linked"]]
-        return weights.load(own, linked, self.manifest["recipes"], self.programs.values())
+        return weights.load(own, linked, self.manifest["recipes"], self.programs.values(), device)
 
     def load_trace(self) -> traces.Trace | None:
         """What the passes did, where the artifact tells it. Raises `ArtifactError`."""
@@ -163,6 +168,8 @@ def _read(path: Path, links_from: Path, hash_weights: bool) -> Artifact:
     except ConfigError as error:
         raise ArtifactError(f"{where}: field 'model': {error}") from error
     programs = {name: _read_program(path, name) for name in document["programs"]}
+    if len(devices := {program.device for program in programs.values()}) > 1:
+        raise ArtifactError(f"{where}: programs: expected all for one device, found {', '.join(sorted(devices))}")
     for name in _operators(programs):
         if document["operators"].get(name) != operator(name).version:
             raise ArtifactError(

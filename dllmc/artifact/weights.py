@@ -94,18 +94,35 @@ def check(
 
 
 def load(
-    own: Iterable[Path], linked: Iterable[Path], recipes: Recipes, programs: Iterable[Program]
+    own: Iterable[Path],
+    linked: Iterable[Path],
+    recipes: Recipes,
+    programs: Iterable[Program],
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Every weight by name: memory-mapped, where it is stored in its dtype and in one piece."""
+    """Every weight by name: on a CPU memory-mapped, where it is stored in its dtype and in one piece.
+
+    On another device there is never more of a weight than itself: parts are joined and cast on their way there.
+    """
     programs = list(programs)
-    weights = _tensors(own, {name for program in programs for name in program.weights})
+    stored = _tensors(own, {name for program in programs for name in program.weights})
+    weights = {name: stored.pop(name).to(device) for name in list(stored)}
     sources = _tensors(linked, {source for recipe in recipes.values() for source in recipe})
     for program in programs:
         for name in program.weights.keys() & recipes.keys() - weights.keys():
             parts = [sources[source] for source in recipes[name]]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            weights[name] = whole.to(getattr(torch, program.weights[name].dtype))
+            dtype = getattr(torch, program.weights[name].dtype)
+            weights[name] = parts[0].to(device, dtype) if len(parts) == 1 else _joined(parts, device, dtype)
     return weights
+
+
+def _joined(parts: Sequence[torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """The parts' concatenation along their first axis."""
+    lengths = [len(part) for part in parts]
+    whole = torch.empty(sum(lengths), *parts[0].shape[1:], device=device, dtype=dtype)
+    for part, place in zip(parts, whole.split(lengths), strict=True):
+        place.copy_(part)
+    return whole
 
 
 def _write_shard(file: Path, shard: Mapping[str, torch.Tensor]) -> str:

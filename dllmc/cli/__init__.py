@@ -13,6 +13,7 @@ from dllmc.cli.group import Group, option
 from dllmc.cli.options import (
     artifact_argument,
     cache_options,
+    device_option,
     json_option,
     no_hash_option,
     sampling_options,
@@ -82,6 +83,7 @@ for command in (
 @option("Prompts", "--chat", is_flag=True, help="Each prompt is a user's message; apply the model's chat template.")
 @sampling_options
 @cache_options
+@device_option
 @no_hash_option
 @option(
     "Output",
@@ -115,6 +117,7 @@ def generate(
     ids: tuple[tuple[int, ...], ...],
     file: str | None,
     chat: bool,
+    device: str | None,
     no_hash: bool,
     watch: bool,
     stats: bool,
@@ -135,7 +138,7 @@ def generate(
     params, policy = dllmc.SamplingParams(**sampling, logprobs=watch), dllmc.CachePolicy(**cache)
     with prompts.replacing(out) if out is not None else nullcontext() as stream:
         with terminal.progress(f"load {artifact}"):
-            engine = dllmc.load(artifact, hash_weights=not no_hash)
+            engine = dllmc.load(artifact, device, hash_weights=not no_hash)
         results = _decode(engine, given, chat, params, policy, watch, stats)
         records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
         if stream is not None:

@@ -37,12 +37,16 @@ def verify(artifact: Path, no_hash: bool, as_json: bool) -> None:
     anything is wrong, with one line that names file and field.
     """
     with terminal.progress(f"verify {artifact}"):
+        import torch
+
         from dllmc.artifact import read
-        from dllmc.runtime.engine import require_room, require_servable
+        from dllmc.runtime.device import CPU, resolve
+        from dllmc.runtime.loading import require_room, require_servable
 
         opened = read(artifact, hash_weights=not no_hash)
         require_servable(opened)
-        require_room(opened)
+        there = opened.device == "cpu" or torch.cuda.is_available()
+        require_room(opened, resolve(None, opened.device, str(artifact)) if there else CPU)
         opened.load_trace()
     if as_json:
         click.echo(prompts.json_line(_document(opened, hashed=not no_hash)))

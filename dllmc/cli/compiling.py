@@ -63,6 +63,7 @@ _STAGES = "Watching the compiler"
     "as fit.",
 )
 @api_option("Compilation", "dtype", str, "Of weights and activations")
+@api_option("Compilation", "device", str, "What it is to run on; what is for cuda can run on a CPU too")
 @option(
     "Compilation",
     "--link-weights",

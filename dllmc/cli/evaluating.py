@@ -9,7 +9,14 @@ import click
 
 from dllmc.cli import prompts, terminal
 from dllmc.cli.group import Command, option
-from dllmc.cli.options import api_option, artifact_argument, json_option, plot_option, swept_cache_options
+from dllmc.cli.options import (
+    api_option,
+    artifact_argument,
+    device_option,
+    json_option,
+    plot_option,
+    swept_cache_options,
+)
 from dllmc.cli.report import counted, table
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 @api_option("Decoding", "steps", int, "Forward passes of an example; default: one token a pass.")
 @api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one.")
 @swept_cache_options
+@device_option
 @json_option(
     "Print a JSON object a line and policy: `task`, `examples`, `accuracy`, `interval` (95 %), `forward_passes`, "
     "`tokens`, `seconds`, `tokens_per_second`, `policy`, and for code `nll` and `nll_interval` (nats a token), else "
@@ -46,6 +54,7 @@ def eval_command(
     task: str,
     examples: int,
     seed: int,
+    device: str | None,
     as_json: bool,
     plot: Path | None,
     caches: Sequence[Mapping[str, Any]],
@@ -67,7 +76,7 @@ def eval_command(
         from dllmc.evaluate import evaluate
 
         policies = [dllmc.CachePolicy(**cache) for cache in caches]
-        engine = dllmc.load(artifact)
+        engine = dllmc.load(artifact, device)
         given = {name: value for name, value in sampling.items() if value is not None}
         reports = []
         for done, policy in enumerate(policies):

@@ -16,6 +16,7 @@ from dllmc.cli.group import F, option
 DEFAULTS = {  # of CompileOptions and SamplingParams; a test holds them equal
     "max_requests": 64,
     "dtype": "float32",
+    "device": "cpu",
     "gen_length": 128,
     "block_length": 32,
     "temperature": 0.0,
@@ -26,6 +27,7 @@ DEFAULTS = {  # of CompileOptions and SamplingParams; a test holds them equal
 }
 CHOICES = {  # likewise
     "dtype": ("float32", "bfloat16", "float16"),
+    "device": ("cpu", "cuda"),
     "remasking": ("low_confidence", "topk_margin", "entropy", "random"),
     "schedule": ("uniform", "timestep"),
     "mode": ("block", "none"),
@@ -243,6 +245,13 @@ diff_option: Callable[[F], F] = option(
     callback=_an_artifact,
     help="Print what differs from another artifact instead: versions, model, options, passes, programs, memory, "
     "weights; with --program also a diff of all instructions.",
+)
+device_option: Callable[[F], F] = option(
+    "Loading",
+    "--device",
+    metavar="NAME",
+    help="Where to run: cpu, which any ARTIFACT can, or for one that was compiled for cuda, cuda or cuda:1; default: "
+    "what it was compiled for.",
 )
 no_hash_option: Callable[[F], F] = option(
     "Loading",

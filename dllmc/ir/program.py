@@ -24,6 +24,9 @@ CHUNK, START = "chunk", "start"
 LEAST = {"tokens": 1, "rows": 1, "guided": 0, "segments": 1, "active": 0, PAGES: 1, CHUNK: 1, START: 0}
 """The smallest sizes that a step, an engine, or an iteration can have."""
 
+DEVICES = ("cpu", "cuda")
+"""What a program's workspaces may be planned for. What is planned for cuda suffices on a CPU too."""
+
 Sizes = Mapping[str, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 ALIGNMENT_BYTES = 64
@@ -141,7 +144,7 @@ class Program:
     """A phase's step. `maxima` are the sizes that offsets were planned for; a step may be smaller, never larger.
 
     `chunk` is among them where there is a `ForRows`: the rows of an iteration; and `pages` where there are caches: what
-    an engine's pool has. `caches` keep their contents from step to step.
+    an engine's pool has. `caches` keep their contents from step to step. `device` is one of `DEVICES`.
     """
 
     name: str
@@ -154,6 +157,7 @@ class Program:
     arena_bytes: int | None = None
     lower_bound_bytes: int | None = None
     caches: dict[str, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def state_bytes(self) -> int:

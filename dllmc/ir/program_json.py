@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from dllmc.errors import ProgramError
 from dllmc.ir.program import (
     CHUNK,
+    DEVICES,
     DTYPE_BYTES,
     PAGES,
     START,
@@ -51,6 +52,7 @@ def to_json(program: Program) -> dict[str, Any]:
         **{group: {k: _tensor_json(t) for k, t in getattr(program, group).items()} for group in GROUPS},
         "instructions": [_item_json(program, item) for item in program.instructions],
         "outputs": {name: _operand_json(program, view) for name, view in program.outputs.items()},
+        **({} if program.device == DEVICES[0] else {"device": program.device}),
     }
 
 
@@ -112,7 +114,9 @@ def _affine_json(affine: Affine) -> int | dict[str, int]:
 
 
 def _program_from(data: Any, where: str) -> Program:
-    document = _fields(data, where, {f.name for f in fields(Program)})
+    document = _fields(data, where, {f.name for f in fields(Program)} - {"device"}, ("device",))
+    device = document.get("device", DEVICES[0])
+    _require(device in DEVICES, f"{where}: device", f"one of {', '.join(DEVICES)}", device)
     instructions = _typed(document["instructions"], list, f"{where}: instructions")
     loops = any(isinstance(item, dict) and "for_rows" in item for item in instructions)
     sizes = (*SYMBOLS, *([CHUNK] if loops else ()), *([PAGES] if document["caches"] else ()))
@@ -144,6 +148,7 @@ def _program_from(data: Any, where: str) -> Program:
         outputs={name: _view_from(view, tensors, f"{where}: outputs.{name}") for name, view in outputs.items()},
         arena_bytes=_optional_count(document["arena_bytes"], f"{where}: arena_bytes"),
         lower_bound_bytes=_optional_count(document["lower_bound_bytes"], f"{where}: lower_bound_bytes"),
+        device=device,
     )
 
 

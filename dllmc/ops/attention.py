@@ -187,10 +187,10 @@ def _band(token: int, behind: int, key: int, key_behind: int, window: int) -> Te
     return distance.abs_() <= window
 
 
-def workspace_of(tensors: Sequence[Tensor]) -> int:
+def workspace_of(tensors: Sequence[Tensor], device: str) -> int:
     """Bytes for a call on tensors like these: on a GPU, what a cache's keys in several parts add to each query."""
     q, k, _v, _spans, _segments, *of_cache = tensors
-    if not of_cache:
+    if not of_cache or device == "cpu":
         return 0
     queries, q_heads, head_dim = q.shape
     cache, _cached, page_table = of_cache
@@ -217,7 +217,8 @@ def bind(args: Sequence[Any], outs: Sequence[Tensor], workspace: Tensor | None) 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, segments: Tensor, scale: float, *rest: Any) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    run_bound(bind, (q, k, v, spans, segments, scale, *rest), (out,), workspace_of)
+    of_device = partial(workspace_of, device=q.device.type)
+    run_bound(bind, (q, k, v, spans, segments, scale, *rest), (out,), of_device)
     return out
 
 

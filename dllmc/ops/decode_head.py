@@ -102,10 +102,12 @@ def cuda_workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.d
     return bytes_of(most_memory(rows, vocab))
 
 
-def workspace_of(tensors: Sequence[Tensor]) -> int:
-    """`workspace_bytes` for a call on tensors like these."""
+def workspace_of(tensors: Sequence[Tensor], device: str) -> int:
+    """Bytes for a call on tensors like these, on a device of that kind; what is for a GPU suffices on a CPU too."""
     hidden, weight = tensors[:2]
-    return workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
+    sizes = hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype
+    on_cpu = workspace_bytes(*sizes)
+    return on_cpu if device == "cpu" else max(on_cpu, cuda_workspace_bytes(*sizes))
 
 
 def reference(
@@ -287,19 +289,8 @@ def _require_cuda(args: Sequence[Any], workspace: Tensor) -> None:
 
 def _decode_head(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     outs = _fake(hidden, weight, *args)
-    run_bound(bind, (hidden, weight, *args), outs, workspace_of)
+    run_bound(bind, (hidden, weight, *args), outs, partial(workspace_of, device=hidden.device.type))
     return outs
-
-
-def _decode_head_cuda(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outs = _fake(hidden, weight, *args)
-    run_bound(bind, (hidden, weight, *args), outs, _cuda_workspace_of)
-    return outs
-
-
-def _cuda_workspace_of(tensors: Sequence[Tensor]) -> int:
-    hidden, weight = tensors[:2]
-    return cuda_workspace_bytes(hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype)
 
 
 def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,6 +299,6 @@ def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tens
     return token, hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty(rows, dtype=torch.float32)
 
 
-library.impl("decode_head", _decode_head, "CPU")
-library.impl("decode_head", _decode_head_cuda, "CUDA")
+for _device in ("CPU", "CUDA"):
+    library.impl("decode_head", _decode_head, _device)
 torch.library.register_fake("dllmc::decode_head", _fake, lib=library)

@@ -157,9 +157,9 @@ def _scores(q: Tensor, k: Tensor, shared: bool) -> Tensor:
     return scores
 
 
-def workspace_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes for a call on tensors like these, on a GPU."""
-    return bytes_of(parts_of(*tensors[1:5]))
+def workspace_of(tensors: Sequence[Tensor], device: str) -> int:
+    """Bytes for a call on tensors like these; a CPU needs none."""
+    return 0 if device == "cpu" else bytes_of(parts_of(*tensors[1:5]))
 
 
 def parts_of(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[Part]:
@@ -189,7 +189,8 @@ def _keep(
 def _keep_(
     cache: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, keeping: Tensor, page_table: Tensor
 ) -> None:
-    run_bound(bind, (cache, q, k, v, segments, keeping, page_table), (cache,), workspace_of)
+    of_device = partial(workspace_of, device=q.device.type)
+    run_bound(bind, (cache, q, k, v, segments, keeping, page_table), (cache,), of_device)
 
 
 def _fake(

@@ -102,9 +102,8 @@ def _workspace_bytes(program: Program, instruction: Instruction, loop: ForRows |
     sizes = program.maxima
     if loop is not None:
         sizes = {**sizes, START: 0, CHUNK: min(sizes[CHUNK], loop.extent.at(sizes))}
-    return operator(instruction.op).workspace_bytes(
-        [_without_memory(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
-    )
+    tensors = [_without_memory(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
+    return operator(instruction.op).workspace_bytes(tensors, program.device)
 
 
 def _check_workspace(program: Program, instruction: Instruction, needed: int, where: str) -> None:

@@ -13,6 +13,7 @@ from torch import fx
 from dllmc.errors import PassError
 from dllmc.ir.program import (
     CHUNK,
+    DEVICES,
     START,
     Affine,
     DType,
@@ -62,14 +63,19 @@ class Lower(Pass):
     Case 3: any other call writes new buffers, dense in the layout that the call gives its result in eager mode.
     Neighbouring calls of one loop become a `ForRows`: what they alone use has the rows of an iteration, and of all
     else that they do not read whole they take the iteration's rows. What a call updates is its result.
+
+    `device`: what operators' workspaces are planned for, one of `dllmc.ir.program.DEVICES`.
     """
 
     name = "lower"
     requires = ("head-fused",)
     ensures = ("lowered",)
+    device: str = DEVICES[0]
 
     def run(self, step: StepGraph) -> PassResult:
-        lowering = _Lowering(step)
+        if self.device not in DEVICES:
+            raise PassError(f"pass 'lower': device: expected one of {', '.join(DEVICES)}, found {self.device!r}")
+        lowering = _Lowering(step, self.device)
         for node in step.calls():
             lowering.call(node)
         step.program = lowering.program()
@@ -83,8 +89,9 @@ class _Lowering:
     `loop` is that of the call at hand; `chunks` are the storages that one loop alone uses.
     """
 
-    def __init__(self, step: StepGraph) -> None:
+    def __init__(self, step: StepGraph, device: str) -> None:
         self.step = step
+        self.device = device
         self.home: dict[int, str] = {}
         self.inputs: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -140,11 +147,13 @@ class _Lowering:
             caches=self.caches,
             instructions=tuple(_in_loops(self.instructions)),
             outputs={name: self._view(node.meta["val"]) for name, node in returned.items()},
+            device=self.device,
         )
 
     def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
         call = Instruction(op, inputs, outputs, source=source_line(node))
-        if needed := workspace_bytes(call, self.buffers | self.weights | self.inputs | self.caches, self.step.maxima):
+        tensors = self.buffers | self.weights | self.inputs | self.caches
+        if needed := workspace_bytes(call, tensors, self.step.maxima, self.device):
             call = replace(call, workspace=f"%{node.name}.workspace")
             self.buffers[f"%{node.name}.workspace"] = Tensor("uint8", (Affine(needed),))
         self.instructions.append((self.loop, call))

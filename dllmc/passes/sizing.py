@@ -11,8 +11,8 @@ from dllmc.memory.liveness import lifetimes
 from dllmc.ops.registry import OPERATORS
 
 
-def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], maxima: Sizes) -> int:
-    """Bytes of workspace that a call needs in the largest step."""
+def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], maxima: Sizes, device: str) -> int:
+    """Bytes of workspace that a call needs in the largest step, on a device of that kind."""
     views = [operand for operand in instruction.inputs if isinstance(operand, View)]
     largest = [
         torch.empty(
@@ -22,7 +22,7 @@ def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], max
         )
         for view in views
     ]
-    return OPERATORS[instruction.op].workspace_bytes(largest)
+    return OPERATORS[instruction.op].workspace_bytes(largest, device)
 
 
 def with_rows(maxima: Mapping[str, int], rows: int) -> dict[str, int]:
@@ -52,9 +52,8 @@ def resized(program: Program, maxima: Mapping[str, int]) -> Program:
     buffers = dict(program.buffers)
     for instruction, _ in program.calls():
         if instruction.workspace is not None:
-            needed = workspace_bytes(
-                instruction, program.buffers | program.weights | program.inputs | program.caches, maxima
-            )
+            tensors = program.buffers | program.weights | program.inputs | program.caches
+            needed = workspace_bytes(instruction, tensors, maxima, program.device)
             buffers[instruction.workspace] = Tensor("uint8", (Affine(needed),))
     return replace(program, maxima=dict(maxima), buffers=buffers, arena_bytes=None, lower_bound_bytes=None)
 

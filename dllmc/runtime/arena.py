@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from dllmc.errors import ProgramError
 from dllmc.ir.program import DTYPE_BYTES, Program, Sizes, Tensor, View, aligned, dense_strides
 
 
@@ -11,15 +12,23 @@ class Memory:
     """Everything that programs' operands live in, allocated once and touched, so that no step allocates.
 
     Programs of different phases run one at a time: they share the arena and the state, each in its own order, and
-    they share caches by name. `weights`: every weight and constant of the programs, by name, dense.
+    they share caches by name. `weights`: every weight and constant of the programs, by name, dense, on `device`.
+
+    The host writes a step's inputs into `given`: on a CPU that is the state itself, else page-locked memory of the
+    host, from which `upload` moves them.
     """
 
-    def __init__(self, programs: Sequence[Program], weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, programs: Sequence[Program], weights: Mapping[str, torch.Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
         self.weights = weights
         largest = max(programs, key=lambda program: program.cache_bytes)
-        self.arena = Block(max(program.arena_bytes or 0 for program in programs))
-        self.state = Block(max(program.state_bytes for program in programs))
-        self.pool = Block(largest.cache_bytes)
+        state_bytes = max(program.state_bytes for program in programs)
+        self.arena = Block(max(program.arena_bytes or 0 for program in programs), self.device)
+        self.state = Block(state_bytes, self.device)
+        self.pool = Block(largest.cache_bytes, self.device)
+        self.given = self.state if self.device.type == "cpu" else Block(state_bytes, pinned=True)
         self._caches = _offsets(largest.caches, largest.maxima)
         self._inputs = {program.name: _offsets(program.inputs, program.maxima) for program in programs}
 
@@ -34,9 +43,23 @@ class Memory:
     def view(self, program: Program, operand: View, sizes: Sizes) -> torch.Tensor:
         """An operand's window on its tensor, for a step of given sizes."""
         base, start = self._place(program, operand.base)
-        shape = [dim.at(sizes) for dim in operand.shape]
-        strides = [dim.at(sizes) for dim in operand.strides]
-        return base.as_strided(shape, strides, start + operand.offset.at(sizes))
+        return _window(base, start, operand, sizes)
+
+    def given_input(self, program: Program, name: str, sizes: Sizes) -> torch.Tensor:
+        """Where the host writes an input of a step of given sizes."""
+        tensor, offset = program.inputs[name], self._inputs[program.name][name]
+        whole = View(name, tensor.shape, dense_strides(tensor.shape))
+        return _window(self.given.of(tensor.dtype), offset // DTYPE_BYTES[tensor.dtype], whole, sizes)
+
+    def upload(self, program: Program) -> None:
+        """Begin to move what was given to a program, all of it, since that is little, behind the steps so far."""
+        self.state.bytes[: program.state_bytes].copy_(self.given.bytes[: program.state_bytes], non_blocking=True)
+
+    def require_in_place(self) -> None:
+        """Raise `ProgramError` where a block has moved: its views, and graphs that were recorded, are of old memory."""
+        for name, block in (("arena", self.arena), ("state", self.state), ("KV pool", self.pool)):
+            if block.moved:
+                raise ProgramError(f"the {name} moved: a result did not fit its place in it; load the artifact again")
 
     def _place(self, program: Program, name: str) -> tuple[torch.Tensor, int]:
         """Memory of a tensor's dtype, and where the tensor begins in it, in elements."""
@@ -54,12 +77,24 @@ class Memory:
 
 
 class Block:
-    """Bytes, touched, and views of all of them as other dtypes."""
+    """Bytes, touched, and views of all of them as other dtypes. `pinned`: page-locked, so that a GPU can copy them."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self.bytes = torch.zeros(size_bytes, dtype=torch.uint8)
-        self.bytes.numpy()  # torch resizes an `out=` of the wrong shape, but no memory that numpy has seen
+    def __init__(self, size_bytes: int, device: torch.device | str = "cpu", pinned: bool = False) -> None:
+        self.bytes = torch.zeros(size_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        if self.bytes.device.type == "cpu":
+            self.bytes.numpy()  # torch resizes an `out=` of the wrong shape, but no memory that numpy has seen
+        self._allocated = self._place
         self._views: dict[str, torch.Tensor] = {}
+
+    @property
+    def moved(self) -> bool:
+        """Whether torch has resized it, as it does on a GPU for an `out=` that reaches beyond its end."""
+        return self._place != self._allocated
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        storage = self.bytes.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
 
     def of(self, dtype: str) -> torch.Tensor:
         """All of them, as elements of that dtype."""
@@ -67,6 +102,31 @@ class Block:
             whole = self.bytes.numel() // DTYPE_BYTES[dtype] * DTYPE_BYTES[dtype]
             self._views[dtype] = self.bytes[:whole].view(getattr(torch, dtype))
         return self._views[dtype]
+
+
+def require_weights(
+    programs: Sequence[Program], weights: Mapping[str, torch.Tensor], device: torch.device | str
+) -> None:
+    """Raise `ProgramError` where a weight is not what programs read: its dtype, its shape, dense, on the device."""
+    for program in programs:
+        for name, tensor in program.weights.items():
+            given, shape = weights.get(name), [dim.at(program.maxima) for dim in tensor.shape]
+            fits = given is not None and given.is_contiguous() and given.device == torch.device(device)
+            if given is None or not fits or (list(given.shape), _name(given.dtype)) != (shape, tensor.dtype):
+                found = "nothing" if given is None else f"{_name(given.dtype)} {list(given.shape)} on {given.device}"
+                raise ProgramError(
+                    f"weight {name!r}: expected {tensor.dtype} {shape}, dense, on {device}, found {found}"
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _window(base: torch.Tensor, start: int, operand: View, sizes: Sizes) -> torch.Tensor:
+    shape = [dim.at(sizes) for dim in operand.shape]
+    strides = [dim.at(sizes) for dim in operand.strides]
+    return base.as_strided(shape, strides, start + operand.offset.at(sizes))
 
 
 def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes) -> dict[str, int]:

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from dllmc.ops.keep import KEEPING_FIELDS
+from dllmc.runtime.buckets import Buckets
 from dllmc.runtime.sampling import deferred_choices, select_commits
 from dllmc.runtime.table import FULL, REFRESH, REUSE, FloatArray, IntArray, Table
 
-# Rows are rounded up to a multiple of this, so that a block's steps share few bindings.
+# Without buckets, rows are rounded up to a multiple of this, so that a block's steps share few bindings.
 ROW_BUCKET = 8
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's `sizes` and `inputs` as the program takes them; some of their rows are real, the others padding.
+    """A step's `sizes` and `inputs` as the program takes them, in which some is padding.
 
     `rows`: [requests], rows of the table, of which those in `committing` commit something. `segment`, `position`:
     of each real row of the head, which of the committing requests it belongs to and the position in its sequence.
@@ -32,7 +35,7 @@ class Batch:
     committing: IntArray
     phase: str
     sizes: Mapping[str, int]
-    inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+    inputs: Mapping[str, Array]
     segment: IntArray
     position: IntArray
 
@@ -54,10 +57,16 @@ class Batch:
         return table.commit(rows, self.segment[chosen], self.position[chosen], token[chosen], logprob[chosen])
 
 
-def compose(table: Table, rows: IntArray, max_rows: int, mask_id: int, has_cache: bool = False) -> Batch:
+def compose(
+    table: Table, rows: IntArray, max_rows: int, mask_id: int, has_cache: bool = False, buckets: Buckets | None = None
+) -> Batch:
     """Pack one step of these rows of a table, each in the phase it is in.
 
-    `max_rows`: the program's largest number of rows. `has_cache`: whether it has caches.
+    `max_rows`: the program's largest number of rows. `has_cache`: whether it has caches. `buckets`: what to pad all
+    sizes to; None: rows alone are rounded up.
+
+    Padded tokens are of no segment, and padded segments have none. Padded rows are of the first token, and what the
+    head makes of them nobody reads; a padded guided row moves the last of them, without guidance.
     """
     phases, replays = table.phases(rows), table.lost[rows]
     first = np.where(phases == REUSE, table.span[rows], 0)
@@ -85,28 +94,39 @@ def compose(table: Table, rows: IntArray, max_rows: int, mask_id: int, has_cache
     request = committing[segment]  # of each row of the head
     row_ends = np.cumsum(counts)
     real = int(position.size)
-    padded = min(-(-max(real, 1) // ROW_BUCKET) * ROW_BUCKET, max_rows)
-    padding = np.zeros(padded - real, np.int64)
+    is_guided = table.cfg_scale[rows] > 0
+    twins = np.flatnonzero(is_guided[request])
+
+    tables = _cache_tables(table, rows, phases, side_of, origins) if has_cache else {}
+    active = tables["active"].size if has_cache else 0
+    sizes = {"tokens": owner.size, "rows": real, "guided": twins.size, "segments": side_of.size, "active": active}
+    if buckets is not None:
+        sizes = buckets.padded(sizes)
+    else:
+        sizes["rows"] = min(-(-max(real, 1) // ROW_BUCKET) * ROW_BUCKET, max_rows)
 
     twin_origin = np.zeros(rows.size, np.int64)
     twin_origin[guided] = origins[rows.size :]
-    is_guided = table.cfg_scale[rows] > 0
-    twins = np.flatnonzero(is_guided[request])
-    twin_ends = padded + np.cumsum(counts[guided])
+    twin_ends = sizes["rows"] + np.cumsum(counts[guided])
     span_ends = np.concatenate((row_ends, twin_ends))
     own, twin = origins[request] + position, twin_origin[request] + position
+    first_row = int(own[0]) if real else 0
 
     inputs = {
-        "token_ids": token_ids,
-        "positions": positions,
+        "token_ids": _padded(token_ids, sizes["tokens"]),
+        "positions": _padded(positions, sizes["tokens"]),
+        "rows": np.concatenate(
+            (_padded(own, sizes["rows"], first_row), _padded(twin[twins], sizes["guided"], first_row))
+        ),
+        "guided": _padded(twins, sizes["guided"], sizes["rows"] - 1),
+        "guidance": _padded(table.cfg_scale[rows][request][twins], sizes["guided"]),
+        "row_segment": _padded(request, sizes["rows"]),
+        "row_position": _padded(position, sizes["rows"]),
+        "row_target": _padded(table.reference[rows[request], position], sizes["rows"], -1),
+    }
+    of_segments = {
         "segments": np.stack((starts, ends), axis=1),
-        "rows": np.concatenate((own, own[:1].repeat(padding.size) if real else padding, twin[twins])),
         "row_spans": np.stack((span_ends - counts[side_of], span_ends), axis=1),
-        "guided": twins,
-        "guidance": table.cfg_scale[rows][request][twins],
-        "row_segment": np.concatenate((request, padding)),
-        "row_position": np.concatenate((position, padding)),
-        "row_target": np.concatenate((table.reference[rows[request], position], padding - 1)),
         "temperature": table.temperature[rows[side_of]],
         "top_k": table.top_k[rows[side_of]],
         "top_p": table.top_p[rows[side_of]],
@@ -115,11 +135,20 @@ def compose(table: Table, rows: IntArray, max_rows: int, mask_id: int, has_cache
         "step": table.step[rows[side_of]],
         "suppressed": table.suppressed[rows[side_of]],
     }
-    sizes = {"tokens": owner.size, "rows": padded, "guided": twins.size, "segments": side_of.size, "active": 0}
     if has_cache:
-        inputs |= _cache_tables(table, rows, phases, side_of, origins)
-        sizes["active"] = inputs["active"].size
+        inputs["active"] = _padded(tables.pop("active"), sizes["active"])
+        of_segments |= tables
+    inputs |= {name: _padded(values, sizes["segments"]) for name, values in of_segments.items()}
     return Batch(table, rows, rows[committing], _program_for(phases), sizes, inputs, segment, position)
+
+
+def _padded(values: Array, count: int, filler: int = 0) -> Array:
+    """The values, and as many fillers behind them along the first axis as make that count."""
+    if len(values) == count:
+        return values
+    whole = np.full((count, *values.shape[1:]), filler, values.dtype)
+    whole[: len(values)] = values
+    return whole
 
 
 def _program_for(phases: IntArray) -> str:

@@ -6,32 +6,23 @@ next step, all others sleep until it is over.
 """
 
 import heapq
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from dllmc import artifact
+import torch
+
 from dllmc.artifact import Artifact
-from dllmc.errors import (
-    ArtifactError,
-    BudgetError,
-    CancelledError,
-    DeadlineError,
-    ProgramError,
-    QueueFullError,
-    RequestError,
-    StepError,
-)
-from dllmc.ir import interface
+from dllmc.errors import CancelledError, DeadlineError, QueueFullError, RequestError, StepError
 from dllmc.ir.program import PAGES
-from dllmc.runtime import batch, likelihood, scheduler
-from dllmc.runtime.arena import Memory
-from dllmc.runtime.executor import Executor
+from dllmc.runtime import batch, likelihood, scheduler, warm_up
+from dllmc.runtime.arena import Memory, require_weights
+from dllmc.runtime.buckets import Buckets
+from dllmc.runtime.device import resolve
+from dllmc.runtime.graphs import GraphExecutor, executors
 from dllmc.runtime.handle import Request
 from dllmc.runtime.kv_pool import KVPool
 from dllmc.runtime.likelihood import Score
@@ -40,7 +31,7 @@ from dllmc.runtime.params import DENSE, CachePolicy, Prompt, SamplingParams, is_
 from dllmc.runtime.request import GenerationResult, RequestState
 from dllmc.runtime.roster import Entry, Roster
 from dllmc.runtime.snapshot import Snapshot, snapshot
-from dllmc.runtime.table import BYTES_OF_POSITION, IntArray, Table
+from dllmc.runtime.table import IntArray, Table
 from dllmc.runtime.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -58,7 +49,20 @@ class Engine:
     compiled without caches: then every step is dense. `lock` is held while requests change, never while a step runs.
     """
 
-    def __init__(self, loaded: Artifact, scheduling: str = "multiplexed", max_queue: int = MAX_QUEUE) -> None:
+    def __init__(
+        self,
+        loaded: Artifact,
+        scheduling: str = "multiplexed",
+        max_queue: int = MAX_QUEUE,
+        device: str | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        buckets: bool | None = None,
+    ) -> None:
+        """`dllmc.load` makes one, and says what `scheduling`, `max_queue` and `device` are.
+
+        weights: instead of the artifact's, by name, of their dtypes and shapes, dense and on that device. buckets:
+        whether steps are padded to `dllmc.runtime.buckets`, which changes no token; None: on a GPU, which records them.
+        """
         if scheduling not in scheduler.POLICIES:
             raise RequestError(f"scheduler is {scheduling!r}; expected one of {', '.join(scheduler.POLICIES)}")
         self.artifact = loaded
@@ -72,8 +76,15 @@ class Engine:
         if program.caches:
             self.pool = KVPool(program.maxima[PAGES], program.page_tokens)
             width = program.inputs["page_table"].shape[1].constant
-        self.memory = Memory(list(loaded.programs.values()), loaded.load_weights())
-        self._executors = {name: Executor(each, self.memory) for name, each in loaded.programs.items()}
+        self.device = resolve(device, loaded.device, str(loaded.path))
+        programs = list(loaded.programs.values())
+        if weights is None:
+            weights = loaded.load_weights(self.device)
+        require_weights(programs, weights, self.device)
+        self.memory = Memory(programs, weights, self.device)
+        self._executors = executors(loaded.programs, self.memory)
+        padded = self.device.type != "cpu" if buckets is None else buckets
+        self._buckets = Buckets.of(program.maxima) if padded else None
         positions = min(self.spec.max_positions, program.maxima["tokens"])
         self._table = Table(program.maxima["segments"], positions, width)
         self._roster = Roster(self._table, program.maxima, self.pool, scheduler.POLICIES[scheduling])
@@ -176,6 +187,29 @@ class Engine:
                 return False
         self._advance()
         return True
+
+    def warm_up(
+        self, prompt_tokens: int = 512, params: SamplingParams | None = None, cache: CachePolicy | None = None
+    ) -> int:
+        """Record what a GPU runs for requests like this one, so that their first steps are as fast as later ones.
+
+        As many as fit a step, and any number below, all in one phase; other steps are recorded when they have come
+        twice. Takes about a second a shape, and changes no result. Returns how many were recorded: 0 on a CPU, which
+        records nothing. Raises `RequestError` for a request that cannot be served.
+        """
+        prompt = Prompt([self.spec.mask_id] * prompt_tokens)
+        like = self._state(prompt, params or SamplingParams(), cache or DENSE, "the request")
+        if self._buckets is None:
+            return 0
+        recorded = 0
+        try:
+            with self._driving:
+                for phase, sizes in warm_up.shapes(like, self._executors.keys(), self._program.name, self._buckets):
+                    executor = self._executors[phase]
+                    recorded += isinstance(executor, GraphExecutor) and executor.record(sizes)
+        finally:
+            self._tell()  # those who wait for a step, which this kept from running
+        return recorded
 
     def stats(self) -> Stats:
         """What is in the engine now, and what it has done since it was loaded."""
@@ -334,9 +368,8 @@ class Engine:
         """Run a step of these rows; if it fails, each row alone, so that only those are lost that fail."""
         start = time.perf_counter()
         try:
-            step = batch.compose(
-                self._table, rows, self._program.maxima["rows"], self.spec.mask_id, self.pool is not None
-            )
+            most, has_cache = self._program.maxima["rows"], self.pool is not None
+            step = batch.compose(self._table, rows, most, self.spec.mask_id, has_cache, self._buckets)
             executor = self._executors.get(step.phase) or self._executors[self._program.name]
             predicted = executor.run(step.sizes, step.inputs)
         except Exception as error:
@@ -396,64 +429,6 @@ class Engine:
                         "give it more time or a higher priority"
                     ),
                 )
-
-
-def load(
-    path: str | Path,
-    memory_budget: int | None = None,
-    scheduler: str = "multiplexed",
-    max_queue: int = MAX_QUEUE,
-    *,
-    hash_weights: bool = True,
-) -> Engine:
-    """Open an artifact and allocate what its plan says: `artifact.memory["total"]` bytes.
-
-    `memory_budget`: the most bytes that may be; the KV pool has what weights, arena and state leave of it. None: the
-    pool is as large as it was compiled. `scheduler`: "multiplexed", or for comparison "fcfs" or "static"
-    (`dllmc.runtime.scheduler`); tokens are the same. `max_queue`: requests that may wait in line. `hash_weights` false:
-    the weights' bytes are taken as they are, which saves reading them once; all else is checked.
-
-    Raises `ArtifactError`, and `BudgetError` where not a page is left, or the machine has less memory than it takes.
-    """
-    opened = artifact.read(path, hash_weights=hash_weights)
-    require_servable(opened)
-    if memory_budget is not None:
-        opened = _within(opened, memory_budget)
-    require_room(opened)
-    return Engine(opened, scheduler, max_queue)
-
-
-def require_servable(opened: Artifact) -> None:
-    """Raise `ArtifactError` for programs that no engine can run."""
-    try:
-        interface.check(opened.programs, opened.spec)
-    except ProgramError as error:
-        raise ArtifactError(f"{opened.path}: {error}") from error
-
-
-def _within(opened: Artifact, memory_budget: int) -> Artifact:
-    """The artifact with as many pages of the KV pool as a budget leaves it."""
-    fixed = opened.memory["total"] - opened.memory["kv_pool"]
-    page = max(program.page_bytes for program in opened.programs.values())
-    if fixed + page > memory_budget:
-        parts = ", ".join(f"{name} {opened.memory[name]}" for name in ("weights", "arena", "state"))
-        raise BudgetError(
-            f"{opened.path}: expected a memory budget of {fixed + page} bytes or more ({parts}, a page of the KV pool "
-            f"{page}), found {memory_budget}; compile with a memory budget to have a smaller arena"
-        )
-    return opened.with_pages((memory_budget - fixed) // page) if page else opened
-
-
-def require_room(opened: Artifact) -> None:
-    """Raise `BudgetError` for an artifact that takes more memory than the machine has."""
-    limits = opened.program.maxima
-    tables = limits["segments"] * min(opened.spec.max_positions, limits["tokens"]) * BYTES_OF_POSITION
-    needed, room = opened.memory["total"] + tables, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > room:
-        raise BudgetError(
-            f"{opened.path}: it takes {needed} bytes, {opened.memory['total']} for its plan and {tables} for requests, "
-            f"but this machine has {room}; compile with a memory budget, or load on a larger machine"
-        )
 
 
 def _as_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

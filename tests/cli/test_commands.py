@@ -18,6 +18,7 @@ import dllmc
 from dllmc.cli import main
 from dllmc.cli.options import CHOICES, DEFAULTS
 from dllmc.ir.graph_printer import size
+from dllmc.ir.program import DEVICES
 from tests.golden.cases import ROOT
 
 PUZZLE = r"sudoku:\n1003\n0300\n3210\n4132\n"
@@ -392,8 +393,9 @@ def test_defaults_are_those_of_the_api() -> None:
 
     api = {f.name: f.default for cls in (dllmc.CompileOptions, dllmc.SamplingParams) for f in fields(cls)}
     assert {name: api[name] for name in DEFAULTS} == DEFAULTS
-    chosen = {"dtype": compiler.DTYPES, "remasking": params.CONFIDENCE_RULES, "schedule": params.SCHEDULES}
-    assert chosen | {"mode": params.CACHE_MODES, "selection": params.SELECTIONS} == CHOICES
+    chosen = {"dtype": compiler.DTYPES, "device": DEVICES, "schedule": params.SCHEDULES}
+    chosen |= {"remasking": params.CONFIDENCE_RULES, "mode": params.CACHE_MODES, "selection": params.SELECTIONS}
+    assert chosen == CHOICES
 
 
 def test_every_field_of_a_cache_policy_has_an_option() -> None:

@@ -161,7 +161,7 @@ def test_passes_in_full() -> None:
     """The whole docstring of one, without the indentation of the source."""
     text = run("passes", "lower").stdout
     assert text.startswith("lower\n  One instruction a call, in the graph's order.\n\n  Case 1: ")
-    assert text.endswith("  requires head-fused; ensures lowered\n")
+    assert text.endswith("  requires head-fused; ensures lowered\n  option device=cpu (str)\n")
 
 
 def test_passes_json() -> None:

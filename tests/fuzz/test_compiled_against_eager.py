@@ -29,7 +29,7 @@ def check(max_examples: int) -> Counter[str]:
             passes = DEFAULT_PIPELINE.replace("chunk-activations", f"chunk-activations{{chunk={chunk}}}")
             options = dllmc.CompileOptions(128, max_requests=8, max_logit_rows=32, passes=passes)
             artifact = dllmc.compile(model, f"{folder}/artifact", options, tiny.spec)
-            engine = dllmc.load(artifact.path)
+            engine = dllmc.Engine(artifact, buckets=data.draw(st.booleans()))
         results = engine.generate(
             [dllmc.Prompt(r.prompt_ids, r.infill, r.reference) for r in drawn],
             [dllmc.SamplingParams(**r.params, logprobs=True) for r in drawn],

@@ -101,7 +101,7 @@ def launch(args: Sequence[Any], outs: Sequence[Tensor]) -> None:
     from dllmc.ops.kernels.attention import attention
 
     q, k, v, spans, segments, scale, window, first, *of_cache = (*args, None, 0)[: max(len(args), 8)]
-    needed = workspace_of([arg for arg in args if isinstance(arg, Tensor)])
+    needed = workspace_of([arg for arg in args if isinstance(arg, Tensor)], "cuda")
     workspace = torch.full((needed,), 255, dtype=torch.uint8, device=q.device)
     attention(q, k, v, spans, segments, scale, outs[0], window, first, *(of_cache or (None,) * 3), workspace)
 

@@ -57,7 +57,9 @@ def announced(name: str, args: Sequence[Any]) -> list[Tensor]:
 def _as_instruction(name: str, args: Sequence[Any], outs: Sequence[Tensor], planned_for: Sequence[Any]) -> None:
     """Bound over a workspace full of garbage, and run twice: what is bound once is called often."""
     op = operator(f"dllmc.{name}.default")
-    size = op.workspace_bytes([_without_memory(arg) for arg in planned_for if isinstance(arg, Tensor)])
+    size = op.workspace_bytes(
+        [_without_memory(arg) for arg in planned_for if isinstance(arg, Tensor)], outs[0].device.type
+    )
     workspace = torch.empty(size, dtype=torch.uint8, device=outs[0].device)
     run = op.bind(args, outs, workspace if size else None)
     for _ in range(2):

@@ -142,8 +142,8 @@ def test_a_recorded_call_reads_its_tables_anew():
     placed = [on_device(x, "cuda") for x in args]
     out = torch.full(args[0].shape, UNTOUCHED, dtype=torch.float16, device="cuda")
     op = operator("dllmc.attention.default")
-    workspace = torch.empty(op.workspace_bytes([x for x in placed if isinstance(x, torch.Tensor)]), dtype=torch.uint8)
-    run = op.bind(placed, [out], workspace.cuda())
+    size = op.workspace_bytes([x for x in placed if isinstance(x, torch.Tensor)], "cuda")
+    run = op.bind(placed, [out], torch.empty(size, dtype=torch.uint8, device="cuda"))
 
     def change() -> None:
         for x, other in zip(placed, others, strict=True):

@@ -216,7 +216,7 @@ def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows, more, vocab, hid
         with patch.object(decode_head, "has_native_gemm", lambda dtype, native=native: native):
             assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements <= planned
     hidden, weight = (torch.empty(n, hidden_size, dtype=dtype, device="meta") for n in (rows + more, vocab))
-    assert planned == workspace_of([hidden, weight]) <= 4 << 20
+    assert planned == workspace_of([hidden, weight], "cpu") <= 4 << 20
 
 
 def test_too_small_a_workspace_is_an_error():

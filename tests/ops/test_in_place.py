@@ -62,7 +62,7 @@ def cases() -> list[Any]:
 
 def run(name: str, args: Sequence[Any], out: Tensor) -> Tensor:
     op = OPERATORS[name]
-    size = op.workspace_bytes([x for x in args if isinstance(x, Tensor)])
+    size = op.workspace_bytes([x for x in args if isinstance(x, Tensor)], "cpu")
     op.bind(args, [out], torch.empty(size, dtype=torch.uint8) if size else None)()
     return out
 

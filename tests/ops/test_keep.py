@@ -127,7 +127,8 @@ def result(args: Sequence[Tensor], way: str, device: str) -> Tensor:
 def bound(args: Sequence[Tensor], way: str) -> tuple[Callable[[], object], Tensor]:
     """A call over the operands' memory, and the workspace that it uses."""
     op = operator("dllmc.keep.default")
-    workspace = torch.empty(op.workspace_bytes(args), dtype=torch.uint8, device=args[0].device)
+    device = args[0].device.type if way == "instruction" else "cuda"
+    workspace = torch.empty(op.workspace_bytes(args, device), dtype=torch.uint8, device=args[0].device)
     if way == "instruction":
         return op.bind(args, [args[0]], workspace), workspace
     from dllmc.ops.keep import parts_of

@@ -96,7 +96,7 @@ def test_an_instruction_is_one_product_over_all_rows(
     bias = random(7, dtype=dtype, seed=3) if biased else None
     out = torch.full((1, x.shape[1], 7), UNTOUCHED, dtype=dtype)
     found = operator("aten.linear.default")
-    workspace = torch.full((found.workspace_bytes([x, weight]),), 255, dtype=torch.uint8)
+    workspace = torch.full((found.workspace_bytes([x, weight], "cpu"),), 255, dtype=torch.uint8)
     call = found.bind([x, weight, *([] if bias is None else [bias])], [out], workspace)
     for _ in range(2):
         out.fill_(UNTOUCHED)

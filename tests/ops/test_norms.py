@@ -143,7 +143,7 @@ def test_the_definition(reference: Callable[..., Tensor], dtype: torch.dtype) ->
 def torch_norm(name: str, x: Tensor, *args: object) -> Tensor:
     """`aten.<name>` bound over an output and a workspace full of garbage."""
     op, out = operator(f"aten.{name}.default"), torch.full(x.shape, torch.nan, dtype=x.dtype)
-    workspace = torch.full((op.workspace_bytes([x, *(a for a in args if isinstance(a, Tensor))]),), 255).byte()
+    workspace = torch.full((op.workspace_bytes([x, *(a for a in args if isinstance(a, Tensor))], "cpu"),), 255).byte()
     op.bind([x, *args], [out], workspace)()
     return out
 
@@ -182,7 +182,7 @@ def bound(name: str, args: Sequence[Any]) -> tuple[Callable[[], object], list[Te
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     op = operator(f"dllmc.{name}.default")
     outs = [torch.empty_like(tensors[0]) for _ in range(2 if name.startswith("add") else 1)]
-    workspace = torch.empty(op.workspace_bytes(tensors), dtype=torch.uint8)
+    workspace = torch.empty(op.workspace_bytes(tensors, "cpu"), dtype=torch.uint8)
     return op.bind(args, outs, workspace), [*tensors, *outs, workspace]
 
 
@@ -208,6 +208,6 @@ def test_the_workspace_of_half_precision_is_a_chunk(dtype: torch.dtype) -> None:
     """Few rows or many, one long row too: what is widened is at most a chunk, or a row, and the weights."""
     for shape, elements in (((1, 3, 64), 192), ((1, 10**6, 64), chunks.CHUNK_BYTES // 2), ((2, 10**6), 10**6)):
         x, weight = (torch.empty(s, dtype=dtype, device="meta") for s in (shape, shape[-1:]))
-        size = operator("dllmc.rms_norm.default").workspace_bytes([x, weight])
+        size = operator("dllmc.rms_norm.default").workspace_bytes([x, weight], "cpu")
         rows = elements // shape[-1]
         assert 4 * (elements + rows + shape[-1]) <= size <= 4 * (elements + rows + shape[-1]) + 4 * 8

@@ -175,7 +175,7 @@ def test_rope_takes_no_memory(table: str, dtype: torch.dtype, table_dtype: torch
     args = operands(50, 3, 32, "one projection", table, dtype, table_dtype)
     tensors = [arg for arg in args if arg is not None]
     op = operator("dllmc.rope.default")
-    workspace = torch.empty(op.workspace_bytes(tensors), dtype=torch.uint8)
+    workspace = torch.empty(op.workspace_bytes(tensors, "cpu"), dtype=torch.uint8)
     for out in (torch.empty(50, 3, 32, dtype=dtype), args[0]):
         run = op.bind(args, [out], workspace)
         assert bytes_outside([*tensors, out, workspace], run) == 0

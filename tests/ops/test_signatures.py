@@ -208,7 +208,7 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
     views = [whole("x", hidden), whole("weight", weight)]
     out, tensors = tensor(ROWS, 4, dtype="bfloat16"), {"x": hidden, "weight": weight}
     needed = OPERATORS["aten.linear.default"].workspace_bytes(
-        [torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)]
+        [torch.empty(5, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)], "cpu"
     )
     signatures.check(one_call("aten.linear.default", views, out, tensors, Affine(needed)))
     a_row = needed // 5 + 1

@@ -21,7 +21,7 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
-from dllmc.runtime.engine import load
+from dllmc.runtime.loading import load
 from dllmc.runtime.params import CachePolicy, SamplingParams
 
 with load(sys.argv[1]) as engine:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dllmc.errors import ProgramError
 from dllmc.ir.program import SYMBOLS, Affine, DType, ForRows, Instruction, Program, Tensor, View
 from dllmc.ops.registry import Operator, operator
+from dllmc.runtime import binding as binding_module
 from dllmc.runtime import executor as executor_module
 from dllmc.runtime.executor import Executor
 from tests.loops import CHUNK, START, rows_of
@@ -178,7 +179,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         bound.append(name)
         return operator(name)
 
-    monkeypatch.setattr(executor_module, "operator", counting)
+    monkeypatch.setattr(binding_module, "operator", counting)
     monkeypatch.setattr(executor_module, "MAX_BINDINGS", 3)
     return bound
 
