@@ -23,7 +23,7 @@ SECTIONS = ("prepare", "kernels", "memory", "where", "decode")
 BUDGETS = {
     "default": {"kernels": 100.0, "memory": 35.0, "where": 50.0, "decode": 210.0},
     "quick": {"kernels": 15.0, "memory": 8.0, "where": 10.0, "decode": 20.0},
-    "small": dict.fromkeys(SECTIONS, 60.0),
+    "small": dict.fromkeys(SECTIONS, 600.0),
     "full": {"kernels": 180.0, "memory": 60.0, "where": 120.0, "decode": 3600.0},
 }
 PREPARE_S = 240.0

@@ -14,6 +14,7 @@ from dllmc.ir.step_graph import Loop, StepGraph, loop_of
 from dllmc.passes import pipeline
 from dllmc.passes.chunk_activations import ChunkActivations
 from dllmc.passes.cse import CommonSubexpressions
+from dllmc.passes.lower import Lower
 from dllmc.passes.plan_memory import planned
 from dllmc.passes.sizing import resized
 from dllmc.spec import ModelSpec
@@ -83,8 +84,11 @@ class Styled(nn.Module):
 STYLES = ("pre", "post", "parallel", "mqa", "fused", "skip")
 
 
-def looped(model: nn.Module, spec: ModelSpec, chunk: int = 5, last: str = "chunk-activations") -> StepGraph:
-    passes = [ChunkActivations(chunk) if type(p) is ChunkActivations else p for p in until(last)]
+def looped(
+    model: nn.Module, spec: ModelSpec, chunk: int = 5, last: str = "chunk-activations", device: str = "cpu"
+) -> StepGraph:
+    others = {ChunkActivations: ChunkActivations(chunk), Lower: Lower(device)}
+    passes = [others.get(type(p), p) for p in until(last)]
     step = captured(model, spec)
     pipeline.run(step, passes)
     return step
@@ -168,6 +172,7 @@ def test_what_is_computed_stays(style: str, chunk: int) -> None:
     assert any(isinstance(item, ForRows) for item in step.program.instructions)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("style", "widths"),
     [
@@ -179,16 +184,16 @@ def test_what_is_computed_stays(style: str, chunk: int) -> None:
         ("skip", 3),  # of the first layer's stream the wanted rows alone
     ],
 )
-def test_bytes_a_token(style: str, widths: int) -> None:
+def test_bytes_a_token(style: str, widths: int, device: str) -> None:
     """How the planned arena grows with the tokens of a step, chunks being one row."""
-    step = looped(Styled(style), SPEC, 1, "reuse-in-place")
+    step = looped(Styled(style), SPEC, 1, "reuse-in-place", device)
     assert step.program is not None
     arenas = []
     for tokens in (4096, 8192):
         maxima = {**step.program.maxima, "tokens": tokens}
         arenas.append(planned(resized(step.program, maxima)).arena_bytes or 0)
-    # At a Refresh, `keep` scores and orders the keys of each KV head: a float32 and an int32.
-    kept = (1 if style == "mqa" else 2) * 2 * 4
+    # At a Refresh, a GPU scores and orders the keys of each KV head: a float32 and an int32.
+    kept = (1 if style == "mqa" else 2) * 2 * 4 if device == "cuda" else 0
     assert arenas[1] - arenas[0] == 4096 * (widths * WIDTH * FLOAT_BYTES + kept)
 
 
