@@ -32,6 +32,8 @@ from dllmc.ops.linear import FEW_ROWS, HALF, has_native_gemm, transposes
 
 # Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
 BUDGET = 1 << 20
+# Of a tile whose product, half as large, is beside it.
+NATIVE_BUDGET = BUDGET * 2 // 3
 # More rows are decoded in chunks, so that a tile keeps about this many columns and the GEMM its speed.
 NARROWEST_TILE = 1024
 
@@ -68,7 +70,7 @@ class Tiling:
         """Cut at least one row so that it fits the `workspace_bytes` of as many rows, or of more."""
         native = dtype in HALF and has_native_gemm(dtype)
         of_a_row = (rows if transposes(rows, dtype) else 0) + (0 if dtype == torch.float32 else hidden_size)
-        budget = BUDGET // 2 if of_a_row else BUDGET
+        budget = NATIVE_BUDGET if native else BUDGET // 2 if of_a_row else BUDGET
         chunks = -(-rows * NARROWEST_TILE // budget)
         chunk = -(-rows // chunks)
         columns = budget // chunk
@@ -90,8 +92,9 @@ def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype)
     if dtype == torch.float32:
         return 4 * min(BUDGET, max(rows, 2 * few) * vocab)
     half, of_a_row = BUDGET // 2, few + hidden_size
-    logits = min(half, rows * vocab)
-    return 4 * (logits + max(min(max(half, of_a_row), vocab * of_a_row), -(-logits // 2)))
+    widened = min(half, rows * vocab) + min(max(half, of_a_row), vocab * of_a_row)
+    native = min(NATIVE_BUDGET, rows * vocab)
+    return 4 * max(widened, native + -(-native // 2))
 
 
 def cuda_workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ _BLOCK = 256
 _PIECE = 1 << 17
 # exp of anything lower is 0 in float32; keeps 0 * -inf out of entropies.
 _LOWEST_EXPONENT = -200.0
+_LOG2_E = 1.4426950408889634
 
 
 class Partials(NamedTuple):
@@ -54,9 +55,9 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
     target_logit = _target_logit(tile, vocab_start, rows)
 
     maximum, column = _first_maximum(tile)
-    best = column
+    best, none = column, tile.new_empty(0)
     runner_up = _in_pieces(
-        rows.by_margin, width, lambda piece: tile[piece].scatter_(1, best[piece, None], -torch.inf).amax(1)
+        rows.by_margin, width, lambda piece: tile[piece].scatter_(1, best[piece, None], -torch.inf).amax(1), none
     )
     score, logit = maximum, maximum
     if rows.sampled.numel():
@@ -66,13 +67,16 @@ def head_partials(tile: Tensor, vocab_start: int, rows: HeadRows) -> Partials:
         logit = tile.gather(1, column[:, None])[:, 0]
 
     shift = _finite(maximum)
-    keys = _in_pieces(rows.filtered, width, lambda piece: _best(_pack(tile[piece], vocab_start), rows.candidates))
+    no_keys = tile.new_empty((0, 0), dtype=torch.int64)
+    keys = _in_pieces(
+        rows.filtered, width, lambda piece: _best(_pack(tile[piece], vocab_start), rows.candidates), no_keys
+    )
     tile -= shift[:, None]
     scaled_sum = _in_pieces(
-        rows.filtered, width, lambda piece: tile[piece].div_(rows.temperature[piece, None]).exp_().sum(1)
+        rows.filtered, width, lambda piece: tile[piece].div_(rows.temperature[piece, None]).exp_().sum(1), none
     )
-    sum_exp_times = _in_pieces(rows.by_entropy, width, lambda piece: _sum_exp_times(tile[piece]))
-    sum_exp = tile.exp_().sum(1)
+    sum_exp_times = _in_pieces(rows.by_entropy, width, lambda piece: _sum_exp_times(tile[piece]), none)
+    sum_exp = tile.mul_(_LOG2_E).exp2_().sum(1)  # torch's exp2 takes a third of the time of its exp
     token = column + vocab_start
     return Partials(maximum, sum_exp, score, token, logit, runner_up, sum_exp_times, scaled_sum, keys, target_logit)
 
@@ -131,14 +135,14 @@ def finish(partials: Partials, rows: HeadRows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pieces(rows: Tensor, width: int) -> Sequence[Tensor]:
-    """Indices of rows of `width` elements, a few at a time; one piece of none where there are none."""
+    """Indices of rows of `width` elements, a few at a time."""
     pieces: Sequence[Tensor] = rows.split(max(1, _PIECE // width))
     return pieces
 
 
-def _in_pieces(rows: Tensor, width: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a function makes of rows, a few at a time: [n, ...] of n indices."""
-    return torch.cat([function(piece) for piece in _pieces(rows, width)])
+def _in_pieces(rows: Tensor, width: int, function: Callable[[Tensor], Tensor], none: Tensor) -> Tensor:
+    """What a function makes of rows, a few at a time: [n, ...] of n indices. none: that of no rows, for no calls."""
+    return torch.cat([function(piece) for piece in _pieces(rows, width)]) if rows.numel() else none
 
 
 def _sum_exp_times(x: Tensor) -> Tensor:
@@ -149,6 +153,8 @@ def _sum_exp_times(x: Tensor) -> Tensor:
 
 def _target_logit(tile: Tensor, vocab_start: int, rows: HeadRows) -> Tensor:
     """[targeted]: the targets' logits, -inf where a target is in another tile."""
+    if not rows.targeted.numel():
+        return tile.new_empty(0)
     column = rows.target - vocab_start
     here = (column >= 0) & (column < tile.shape[1])
     return tile[rows.targeted, column.clamp(0, tile.shape[1] - 1)].masked_fill(~here, -torch.inf)
