@@ -54,7 +54,7 @@ def transposes(rows: int, weight_dtype: torch.dtype) -> bool:
     Measured with AVX-512: up to 1.6 times as fast. A weight of another dtype has just been widened and lies in cache,
     which moves the limits at either end.
     """
-    return 0 < rows <= FEW_ROWS_FLOAT32 if weight_dtype == torch.float32 else 8 < rows <= FEW_ROWS
+    return 0 < rows <= FEW_ROWS_FLOAT32 if weight_dtype == torch.float32 else 8 <= rows <= FEW_ROWS
 
 
 @dataclass(frozen=True)
