@@ -117,6 +117,17 @@ def compile_times() -> list[str]:
     ]
 
 
+def heads() -> list[str]:
+    """A row for each number of rows in the results of benchmarks/head_cpu.py: what the head costs of its product."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "head_cpu.json").read_text())["results"]
+    costs = {(r["rows"], r["dtype"]): f"{r['of_gemm']:.2f}" for r in records}
+    dtypes = ("float32", "bfloat16", "float16")
+    return [
+        f"| {rows} | {' | '.join(costs[rows, dtype] for dtype in dtypes)} |"
+        for rows in dict.fromkeys(r for r, _ in costs)
+    ]
+
+
 def fused() -> list[str]:
     """A row for each fused operator in the results of benchmarks/fused_cpu.py: the range of its costs."""
     records = json.loads((ROOT / "benchmarks" / "results" / "fused_cpu.json").read_text())["results"]
@@ -227,6 +238,7 @@ def test_figures_are_the_benchmarks() -> None:
     """The tables have the rows that the results have, and no others."""
     assert table("First figures") == figures()
     assert table("What compiling takes") == compile_times()
+    assert table("What the head costs") == heads()
     assert table("What fusing saves") == fused()
     assert table("How long a sequence fits") == contexts()
     assert table("How good the plans are") == planned()
