@@ -81,8 +81,11 @@ def sets_for(size_bytes: int) -> int:
     return max(2, min(8, -(-CACHE_BYTES // max(size_bytes, 1))))
 
 
-def timed(calls: Sequence[Call], device: torch.device, repeats: int = REPEATS) -> Timing:
-    """How long one of these calls takes; they do the same on different memory. Each is run before any is timed."""
+def timed(calls: Sequence[Call], device: torch.device, repeats: int = REPEATS, in_graph: bool = True) -> Timing:
+    """How long one of these calls takes; they do the same on different memory. Each is run before any is timed.
+
+    in_graph: whether short calls may be captured, which calls that launch a graph of their own may not.
+    """
     for call in calls:
         call()
     synchronize(device)
@@ -90,7 +93,7 @@ def timed(calls: Sequence[Call], device: torch.device, repeats: int = REPEATS) -
         return _spread([_wall(calls[i % len(calls)]) for i in range(min(repeats, 5))], "wall clock")
     rough = _events([calls[i % len(calls)] for i in range(3)])
     seconds = statistics.median(rough)
-    if seconds < SHORT_S:
+    if in_graph and seconds < SHORT_S:
         return _by_graph(calls, repeats)
     count = max(3, min(repeats, int(MOST_S / seconds)))
     return _spread(_events([calls[i % len(calls)] for i in range(count)]), "events")

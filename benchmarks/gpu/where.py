@@ -166,7 +166,7 @@ def _as_graph(calls: list[BoundCall], device: torch.device) -> float | None:
     with torch.cuda.graph(graph):
         for call in calls:
             call.run()
-    return devices.timed([graph.replay], device).seconds
+    return devices.timed([graph.replay], device, in_graph=False).seconds
 
 
 def run(section: Section, s: Setting, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import SymInt, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -247,7 +248,8 @@ class StepGraph:
         """
         self.module.recompile()
         propagation = _Propagation(self)
-        propagation.propagate_dont_convert_inputs(*(node.meta["val"] for node, _ in self.placeholders()))
+        with enable_python_dispatcher():  # as torch.export does: some of torch 2.11 in C++ takes no symbolic sizes
+            propagation.propagate_dont_convert_inputs(*(node.meta["val"] for node, _ in self.placeholders()))
         if propagation.fixed is not None:
             node, symbol = propagation.fixed
             raise CaptureError(

@@ -42,10 +42,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bidirectional attention: q [B, q_heads, T, head_dim], k and v [B, kv_heads, T, head_dim] -> [B, T, q_width]."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    y = F.scaled_dot_product_attention(q, k, v)
+    # Keys and values are not repeated: torch 2.11 exports that for no symbolic length.
+    y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
 
 
