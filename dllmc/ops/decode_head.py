@@ -8,7 +8,7 @@
     -> token [R] int64, confidence [R] float32, logprob [R] float32 (clean, of the target or the chosen token)
 
 Rules: semantics.md, "Commit". Statistics are float32, whatever the dtype of `hidden`; so are logits, but on a CPU with
-instructions for that dtype, whose products torch rounds to it.
+instructions for that dtype, and of a single row, whose products torch rounds to it.
 On a GPU: `dllmc.ops.kernels.decode_head`.
 """
 
@@ -32,8 +32,8 @@ from dllmc.ops.linear import FEW_ROWS, HALF, has_native_gemm, transposes
 
 # Workspace in float32 elements: 4 MiB, so that a tile of logits stays in the second-level caches of a few cores.
 BUDGET = 1 << 20
-# Of a tile whose product, half as large, is beside it.
-NATIVE_BUDGET = BUDGET * 2 // 3
+# Of a tile whose product, half as large, is beside it, 8 MiB together: such products are fast, so that calls count.
+NATIVE_BUDGET = BUDGET * 4 // 3
 # More rows are decoded in chunks, so that a tile keeps about this many columns and the GEMM its speed.
 NARROWEST_TILE = 1024
 
@@ -68,7 +68,7 @@ class Tiling:
     @classmethod
     def of(cls, rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> "Tiling":
         """Cut at least one row so that it fits the `workspace_bytes` of as many rows, or of more."""
-        native = dtype in HALF and has_native_gemm(dtype)
+        native = dtype in HALF and (rows == 1 or has_native_gemm(dtype))  # torch multiplies a vector fast on any CPU
         of_a_row = (rows if transposes(rows, dtype) else 0) + (0 if dtype == torch.float32 else hidden_size)
         budget = NATIVE_BUDGET if native else BUDGET // 2 if of_a_row else BUDGET
         chunks = -(-rows * NARROWEST_TILE // budget)
@@ -87,7 +87,10 @@ class Tiling:
 
 
 def workspace_bytes(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes of workspace that suffice for up to `rows` rows: a tile of logits, and what is beside it; about 4 MiB."""
+    """Bytes of workspace that suffice for up to `rows` rows: a tile of logits, and what is beside it.
+
+    About 4 MiB, 8 MiB in half precision.
+    """
     few = min(rows, FEW_ROWS)
     if dtype == torch.float32:
         return 4 * min(BUDGET, max(rows, 2 * few) * vocab)

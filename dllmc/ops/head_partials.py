@@ -90,10 +90,12 @@ def merge(a: Partials, b: Partials, rows: HeadRows) -> Partials:
     for part in (a, b):
         rise = (part.maximum - shift).clamp_min(_LOWEST_EXPONENT)
         sum_exp += rise.exp() * part.sum_exp
-        entropy_rise = rise[rows.by_entropy]
-        sum_exp_times += entropy_rise.exp() * (part.sum_exp_times + entropy_rise * part.sum_exp[rows.by_entropy])
-        scaled_rise = (part.maximum - shift)[rows.filtered] / rows.temperature[rows.filtered]
-        scaled_sum += scaled_rise.exp() * part.scaled_sum
+        if rows.by_entropy.numel():
+            entropy_rise = rise[rows.by_entropy]
+            sum_exp_times += entropy_rise.exp() * (part.sum_exp_times + entropy_rise * part.sum_exp[rows.by_entropy])
+        if rows.filtered.numel():
+            scaled_rise = (part.maximum - shift)[rows.filtered] / rows.temperature[rows.filtered]
+            scaled_sum += scaled_rise.exp() * part.scaled_sum
 
     better = (b.score > a.score) | ((b.score == a.score) & (b.token < a.token))
     lower_maximum = torch.minimum(a.maximum, b.maximum)[rows.by_margin]

@@ -210,13 +210,13 @@ sizes = st.integers(1, 5000)
 @given(sizes, sizes, st.integers(1, 300_000), st.integers(1, 9000), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, derandomize=True)
 def test_workspace_suffices_for_fewer_rows_and_is_bounded(rows, more, vocab, hidden_size, dtype):
-    """What is planned for the most rows fits any call with as many or fewer, on any CPU, and stays at about 4 MiB."""
+    """What is planned for the most rows fits any call with as many or fewer, on any CPU, and stays at 4 or 8 MiB."""
     planned = workspace_bytes(rows + more, vocab, hidden_size, dtype)
     for native in (False, True):
         with patch.object(decode_head, "has_native_gemm", lambda dtype, native=native: native):
             assert 4 * Tiling.of(rows, vocab, hidden_size, dtype).elements <= planned
     hidden, weight = (torch.empty(n, hidden_size, dtype=dtype, device="meta") for n in (rows + more, vocab))
-    assert planned == workspace_of([hidden, weight], "cpu") <= 4 << 20
+    assert planned == workspace_of([hidden, weight], "cpu") <= (4 if dtype == torch.float32 else 8) << 20
 
 
 def test_too_small_a_workspace_is_an_error():
