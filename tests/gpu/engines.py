@@ -7,7 +7,7 @@ import pytest
 
 import dllmc
 
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+DEVICES = (pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu))
 SMALL = {"max_tokens_per_step": 300, "max_requests": 7, "max_logit_rows": 70}
 
 
