@@ -132,7 +132,7 @@ def _is_input(program: Program, view: View, name: str) -> bool:
     if view.base != name:
         return False
     whole = _whole(name, program.inputs[name])
-    row = whole.strides[0].constant
+    row = whole.strides[0].constant or 1  # of no columns
     at_a_row = not any(number % row for number in (view.offset.constant, *(n for _, n in view.offset.terms)))
     return (view.shape[1:], view.strides) == (whole.shape[1:], whole.strides) and at_a_row
 

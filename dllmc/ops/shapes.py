@@ -230,7 +230,7 @@ def _guided(given: Given) -> list[Shape]:
     """Twins are fewer than rows in every step: what is left of the rows never shrinks."""
     (rows, width), (twins,) = given["hidden"].shape, given["guided"].shape
     left = affine_of(rows) - affine_of(twins)
-    if min(left.constant, *(coefficient for _, coefficient in left.terms)) < 0:
+    if any(number < 0 for number in (left.constant, *(coefficient for _, coefficient in left.terms))):
         raise ValueError(f"{twins} twins of {rows} rows")
     return [[dim_of(left), width]]
 

@@ -181,3 +181,10 @@ def test_rows_of_a_table_are_the_engines_too(served: Artifact) -> None:
     assert interface._is_input(program, part, "suppressed")
     assert not interface._is_input(program, replace(part, offset=Affine(129)), "suppressed")
     assert not interface._is_input(program, part, "keeping")
+
+
+def test_a_table_without_columns(served: Artifact) -> None:
+    empty = changed(served.programs["mixed"], "inputs", "page_table", shape=(SEGMENTS, Affine(0)))
+    assert not interface._is_input(
+        empty, View("page_table", (SEGMENTS, Affine(1)), (Affine(1), Affine(1))), "page_table"
+    )

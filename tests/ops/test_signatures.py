@@ -188,6 +188,9 @@ def test_twins_are_fewer_than_rows_in_every_step() -> None:
     """Where there may be more rows than twins, and fewer, what is left is refused."""
     tensors = {"x": tensor(ROWS, 8), "guided": tensor(GUIDED, dtype="int64"), "guidance": tensor(GUIDED)}
     views = [whole(name, each) for name, each in tensors.items()]
+    fixed = {"x": tensor(5, 8), "guided": tensor(2, dtype="int64"), "guidance": tensor(2)}
+    views_of_fixed = [whole(name, each) for name, each in fixed.items()]
+    signatures.check(one_call("dllmc.guide_rows.default", views_of_fixed, tensor(3, 8), fixed))
     with pytest.raises(ProgramError, match="guided twins of rows rows"):
         signatures.check(one_call("dllmc.guide_rows.default", views, tensor(ROWS, 8), tensors))
 
