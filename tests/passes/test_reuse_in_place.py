@@ -88,7 +88,7 @@ def test_programs_return_what_they_did() -> None:
     """Random programs, planned after the pass: the verifier accepts them, no byte is lost, the results are the same."""
     seen: Counter[str] = Counter()
 
-    @settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+    @settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
     @given(st.one_of(*[looping(alike=True)] * 4, looping(), programs()).map(with_operators))
     def judge(program: Program) -> None:
         after, stats = reused(program)

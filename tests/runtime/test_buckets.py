@@ -157,7 +157,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], dllmc.SamplingParams, dllmc.Ca
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-@settings(deadline=None, derandomize=True, max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=6)
 @given(given_requests=st.lists(requests(), min_size=1, max_size=9))
 def test_padding_changes_no_token(folder: str, given_requests: list[Any], bucketed: Any) -> None:
     """Random mixes of requests; logprobs too, as near as the shape of a matrix product lets them be."""
