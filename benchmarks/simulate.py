@@ -134,11 +134,8 @@ def run(setting: Setting, workload: str, requests: int, rate: float, seed: int, 
 def commit(table: Table, rows: IntArray) -> tuple[int, IntArray]:
     """What `Batch.commit` does to the schedule of rows, whatever the tokens: how many are committed, rows now full."""
     going = rows[~table.lost[rows]]
-    table.lost[rows] = False
     counts = np.minimum(table.commit_counts(going), table.left[going])
-    table.left[going] -= counts
-    table.step[going] += 1
-    table.step_in_block[going] += 1
+    table.advance(rows, going, counts)
     return int(counts.sum()), going[table.left[going] == 0]
 
 

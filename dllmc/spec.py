@@ -9,8 +9,9 @@ from typing import Any
 
 from dllmc.errors import ConfigError
 
-# What a request may name at most; the head's tables are planned for it.
+# What a request may name at most; the tables of a step are planned for it.
 MAX_SUPPRESS_TOKENS = 64
+MAX_DEFER_TOKENS = 64
 MAX_TOP_K = 1024
 
 

@@ -8,8 +8,10 @@ instructions. A program names operators, never code: `dllmc.ops.registry` is the
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from math import prod
 
 from dllmc.errors import ProgramError
+from dllmc.ir import places
 
 SYMBOLS = ("tokens", "rows", "guided", "segments", "active")
 """The sizes of a step: packed tokens, rows of the head, rows of those that are guided, segments of tokens, and tokens
@@ -160,9 +162,22 @@ class Program:
     device: str = "cpu"
 
     @property
-    def state_bytes(self) -> int:
+    def input_bytes(self) -> int:
         """Bytes of all inputs at their largest."""
         return sum(aligned(t.size_bytes(self.maxima)) for t in self.inputs.values())
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of what a GPU knows of the requests of a step (`dllmc.ir.places`); 0 on a CPU, where the host knows."""
+        if self.device == "cpu":
+            return 0
+        tensors = places.shapes(self.maxima).values()
+        return sum(aligned(DTYPE_BYTES[dtype] * prod(shape)) for dtype, shape in tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that hold what a step is told."""
+        return self.place_bytes + self.input_bytes
 
     @property
     def weight_bytes(self) -> int:

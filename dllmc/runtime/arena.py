@@ -1,11 +1,16 @@
 """The blocks of memory that a loaded engine owns: an arena of a step's values, the state of its inputs, the KV pool."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
 from dllmc.errors import ProgramError
+from dllmc.ir import places
 from dllmc.ir.program import DTYPE_BYTES, Program, Sizes, Tensor, View, aligned, dense_strides
+
+LANES = 2
+"""Steps that may be under way on a GPU at once: one runs, the next is behind it in line."""
 
 
 class Memory:
@@ -15,7 +20,7 @@ class Memory:
     they share caches by name. `weights`: every weight and constant of the programs, by name, dense, on `device`.
 
     The host writes a step's inputs into `given`: on a CPU that is the state itself, else page-locked memory of the
-    host, from which `upload` moves them.
+    host, from which `upload` moves them; of it there are `LANES` blocks, which steps use in turn.
     """
 
     def __init__(
@@ -24,13 +29,23 @@ class Memory:
         self.device = torch.device(device)
         self.weights = weights
         largest = max(programs, key=lambda program: program.cache_bytes)
+        self._placed, inputs_from = _placed(largest)
         state_bytes = max(program.state_bytes for program in programs)
         self.arena = Block(max(program.arena_bytes or 0 for program in programs), self.device)
         self.state = Block(state_bytes, self.device)
         self.pool = Block(largest.cache_bytes, self.device)
-        self.given = self.state if self.device.type == "cpu" else Block(state_bytes, pinned=True)
+        self.given: tuple[Block, ...] = (self.state,)
+        self._given_from = 0  # which byte of the state the first one of these is
+        if self.device.type != "cpu":
+            self.set_apart(pinned=True)
         self._caches = _offsets(largest.caches, largest.maxima)
-        self._inputs = {program.name: _offsets(program.inputs, program.maxima) for program in programs}
+        self._inputs = {program.name: _offsets(program.inputs, program.maxima, inputs_from) for program in programs}
+
+    def set_apart(self, pinned: bool) -> None:
+        """Give the host blocks of its own to write into. `pinned`: page-locked."""
+        self._given_from = self._placed["places"][1] if self._placed else 0
+        size_bytes = self.state.bytes.numel() - self._given_from
+        self.given = tuple(Block(size_bytes, pinned=pinned) for _ in range(LANES))
 
     def tensor(self, program: Program, name: str, sizes: Sizes) -> torch.Tensor:
         """An input, weight, buffer or cache of a program as it lies in memory, for a step of given sizes.
@@ -45,15 +60,28 @@ class Memory:
         base, start = self._place(program, operand.base)
         return _window(base, start, operand, sizes)
 
-    def given_input(self, program: Program, name: str, sizes: Sizes) -> torch.Tensor:
+    def given_input(self, program: Program, name: str, sizes: Sizes, lane: int = 0) -> torch.Tensor:
         """Where the host writes an input of a step of given sizes."""
-        tensor, offset = program.inputs[name], self._inputs[program.name][name]
+        tensor, offset = program.inputs[name], self._inputs[program.name][name] - self._given_from
         whole = View(name, tensor.shape, dense_strides(tensor.shape))
-        return _window(self.given.of(tensor.dtype), offset // DTYPE_BYTES[tensor.dtype], whole, sizes)
+        return _window(self.given[lane].of(tensor.dtype), offset // DTYPE_BYTES[tensor.dtype], whole, sizes)
 
-    def upload(self, program: Program) -> None:
+    def placed(self, name: str) -> torch.Tensor:
+        """One of what `dllmc.ir.places` tells of, at its largest; there where programs are for a GPU."""
+        (dtype, shape), offset = self._placed[name]
+        return self.state.of(dtype)[offset // DTYPE_BYTES[dtype] :][: prod(shape)].view(shape)
+
+    def given_places(self, lane: int = 0) -> torch.Tensor:
+        """Where the host writes the `places` of a step, at their largest."""
+        (dtype, shape), offset = self._placed["places"]
+        return (
+            self.given[lane].of(dtype)[(offset - self._given_from) // DTYPE_BYTES[dtype] :][: prod(shape)].view(shape)
+        )
+
+    def upload(self, program: Program, lane: int = 0) -> None:
         """Begin to move what was given to a program, all of it, since that is little, behind the steps so far."""
-        self.state.bytes[: program.state_bytes].copy_(self.given.bytes[: program.state_bytes], non_blocking=True)
+        target = self.state.bytes[self._given_from : program.state_bytes]
+        target.copy_(self.given[lane].bytes[: target.numel()], non_blocking=True)
 
     def require_in_place(self) -> None:
         """Raise `ProgramError` where a block has moved: its views, and graphs that were recorded, are of old memory."""
@@ -129,9 +157,19 @@ def _window(base: torch.Tensor, start: int, operand: View, sizes: Sizes) -> torc
     return base.as_strided(shape, strides, start + operand.offset.at(sizes))
 
 
-def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes) -> dict[str, int]:
-    """Where each begins when they lie one behind the other at their largest."""
-    offsets, end = {}, 0
+def _placed(program: Program) -> tuple[dict[str, tuple[tuple[str, tuple[int, ...]], int]], int]:
+    """Dtype, shape and offset of what is kept of requests, and where it ends; nothing for a CPU's program."""
+    found, end = {}, 0
+    if program.place_bytes:
+        for name, (dtype, shape) in places.shapes(program.maxima).items():
+            found[name] = (dtype, shape), end
+            end += aligned(DTYPE_BYTES[dtype] * prod(shape))
+    return found, end
+
+
+def _offsets(tensors: Mapping[str, Tensor], maxima: Sizes, end: int = 0) -> dict[str, int]:
+    """Where each begins when they lie one behind the other at their largest, from `end` on."""
+    offsets = {}
     for name, tensor in tensors.items():
         offsets[name] = end
         end += aligned(tensor.size_bytes(maxima))

@@ -1,15 +1,21 @@
 """One packed step: several requests' tokens end to end, their masked rows, and the tables that the head reads.
 
-A guided request has two segments: its own tokens, then the same with the prompt masked. The rows of second
-segments stand behind all others, as `dllmc::guide_rows` expects.
+A guided request has two segments: its own tokens, then the same with the prompt masked. Second segments stand behind
+all first ones, and their rows behind all others, as `dllmc::guide_rows` expects.
+
+What a step's rows are depends on what the step before committed, the rest does not: on a GPU it is composed while
+that one runs, and the GPU picks the rows (`Batch.places`); on a CPU the host does (`Batch.picked`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from dllmc.ir import places
 from dllmc.ops.keep import KEEPING_FIELDS
 from dllmc.runtime.buckets import Buckets
 from dllmc.runtime.sampling import deferred_choices, select_commits
@@ -21,40 +27,140 @@ ROW_BUCKET = 8
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+class Commits(NamedTuple):
+    """What a step commits: [commits] which of the committing requests, the position, the token, and its logprob."""
+
+    segment: IntArray
+    position: IntArray
+    token: IntArray
+    logprob: FloatArray
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A step's `sizes` and `inputs` as the program takes them, in which some is padding.
+    """A step, in which some is padding, of `rows` of the table, of which those in `committing` commit something.
 
-    `rows`: [requests], rows of the table, of which those in `committing` commit something. `segment`, `position`:
-    of each real row of the head, which of the committing requests it belongs to and the position in its sequence.
-    `phase`: which program has all that the step needs.
+    phase: which program has all that the step needs. inputs: of the program, but for those that `picked` adds.
+    counts: [committing], how many each commits, at least. refreshed: those of `rows` that a Refresh gives a cache.
+    first, second: [rows], the segments of each, second 0 without guidance. origins: [segments], which packed token
+    each segment's first position is, or would be.
+
+    In order: `sizes`, and `picked` or `places`, as the step begins; `advance`; and at its end `commit`.
     """
 
     table: Table
     rows: IntArray
     committing: IntArray
     phase: str
-    sizes: Mapping[str, int]
     inputs: Mapping[str, Array]
-    segment: IntArray
-    position: IntArray
+    counts: IntArray
+    refreshed: IntArray
+    second: IntArray
+    origins: IntArray
+    _index: IntArray  # which of the rows commit
+    _others: Mapping[str, int]  # sizes, but for those that count rows
+    _max_rows: int
+    _buckets: Buckets | None
 
-    def commit(
-        self, token: IntArray, confidence: FloatArray, logprob: FloatArray, deferring: Sequence[Sequence[int]] = ()
-    ) -> IntArray:
-        """Commit what the step predicted, and return the rows of the table whose block is full now.
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The step's sizes, as the program takes them."""
+        left = self.table.left[self.committing]
+        rows, guided = int(left.sum()), int(left[self.second[self._index] > 0].sum())
+        sizes = {"tokens": self._others["tokens"], "rows": rows, "guided": guided, **self._others}
+        if self._buckets is not None:
+            return self._buckets.padded(sizes)
+        return sizes | {"rows": min(-(-max(rows, 1) // ROW_BUCKET) * ROW_BUCKET, self._max_rows)}
 
-        token, confidence, logprob: [rows or more], as `dllmc::decode_head` returns them. deferring: of each request
-        that commits, the tokens that it defers; empty if none does.
+    @cached_property
+    def candidates(self) -> tuple[IntArray, IntArray]:
+        """[rows] of the head, but for padding: which of the committing requests, and the position in its sequence."""
+        return self.table.candidates(self.committing)
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is known beforehand how many tokens each request commits."""
+        return bool(np.isposinf(self.table.threshold[self.committing]).all())
+
+    def picked(self) -> dict[str, Array]:
+        """The inputs that name the rows of the head, and what they ask for.
+
+        Padded rows are of the end of a block, and what the head makes of them nobody reads; a padded guided row moves
+        the last of them, without guidance.
         """
-        rows, table = self.committing, self.table
-        real = self.segment.size
-        token, confidence, logprob = token[:real], confidence[:real], logprob[:real]
-        deferred = deferred_choices(self.segment, token, deferring)
-        counts, thresholds = table.commit_counts(rows), table.threshold[rows]
-        chosen = select_commits(self.segment, confidence, deferred, counts, thresholds)
-        table.lost[self.rows] = False  # what was replayed has its cache again
-        return table.commit(rows, self.segment[chosen], self.position[chosen], token[chosen], logprob[chosen])
+        table, rows, sizes = self.table, self.rows, self.sizes
+        segment, position = self.candidates
+        request = self._index[segment]  # of each row of the head
+        counts = np.bincount(request, minlength=rows.size)
+        guided = np.flatnonzero(self.second)
+        twins = np.flatnonzero(self.second[request])
+        row_ends = np.cumsum(counts)
+        twin_ends = sizes["rows"] + np.cumsum(counts[guided])
+        span_ends = np.concatenate((row_ends, twin_ends))
+        lengths = np.concatenate((counts, counts[guided]))
+        own, twin = self.origins[request] + position, self.origins[self.second[request]] + position
+        index, ends = self._index[:1], table.end[self.committing[:1]]
+        filler = int((self.origins[index] + ends).sum()) - 1 if index.size else 0
+        return {
+            "rows": np.concatenate(
+                (_padded(own, sizes["rows"], filler), _padded(twin[twins], sizes["guided"], filler))
+            ),
+            "row_spans": _padded(np.stack((span_ends - lengths, span_ends), axis=1), sizes["segments"]),
+            "guided": _padded(twins, sizes["guided"], sizes["rows"] - 1),
+            "guidance": _padded(table.cfg_scale[rows][request][twins], sizes["guided"]),
+            "row_segment": _padded(request, sizes["rows"]),
+            "row_position": _padded(position, sizes["rows"]),
+            "row_target": _padded(table.reference[rows[request], position], sizes["rows"], -1),
+        }
+
+    def places(self) -> IntArray:
+        """[segments, `places.WIDTH`] of `dllmc.ir.places`: what a GPU picks the rows by, and commits by."""
+        table, rows = self.table, self.rows
+        found = np.zeros((self.sizes["segments"], places.WIDTH), np.int64)
+        found[self.second[self.second > 0], places.SIDES] = -1
+        own = found[: rows.size]
+        own[:, places.SIDES] = 1 + (self.second > 0)
+        own[:, places.ROW] = rows
+        own[:, places.ORIGIN] = self.origins[: rows.size]
+        own[:, places.TWIN_ORIGIN] = self.origins[self.second]
+        own[:, places.TWIN] = self.second
+        own[:, places.GUIDANCE] = _bits(table.cfg_scale[rows])
+        commits = self._index
+        own[commits, places.START], own[commits, places.END] = table.start[self.committing], table.end[self.committing]
+        own[commits, places.COUNT] = self.counts
+        own[commits, places.THRESHOLD] = _bits(table.threshold[self.committing])
+        own[:, places.DEFERRED :] = table.deferred[rows]
+        return found
+
+    def advance(self) -> None:
+        """Take the step for done in the schedule of its requests, as far as is certain before its end."""
+        self.table.advance(self.rows, self.committing, self._certain)
+
+    def choose(self, token: IntArray, confidence: FloatArray, logprob: FloatArray) -> Commits:
+        """What is committed of a prediction; each [rows or more], as `dllmc::decode_head` returns them."""
+        segment, position = self.candidates
+        token, confidence, logprob = token[: segment.size], confidence[: segment.size], logprob[: segment.size]
+        deferred = deferred_choices(segment, token, self.table.deferred[self.committing])
+        thresholds = self.table.threshold[self.committing]
+        chosen = select_commits(segment, confidence, deferred, self.counts, thresholds)
+        return Commits(segment[chosen], position[chosen], token[chosen], logprob[chosen])
+
+    def chosen(self, committed: npt.NDArray[np.int32]) -> Commits:
+        """What a GPU has committed: [2, rows or more], as in `dllmc.ir.places`."""
+        segment, position = self.candidates
+        token, logprob = committed[0, : segment.size], committed[1, : segment.size].view(np.float32)
+        chosen = token >= 0
+        return Commits(segment[chosen], position[chosen], token[chosen].astype(np.int64), logprob[chosen])
+
+    def commit(self, commits: Commits) -> IntArray:
+        """Write what is committed; the rows of the table whose block is full now."""
+        self.table.at_refresh[self.refreshed] = self.table.token_ids[self.refreshed]
+        return self.table.write(self.committing, *commits, self._certain)
+
+    @property
+    def _certain(self) -> IntArray:
+        """[committing], commits that are known beforehand."""
+        return np.where(np.isposinf(self.table.threshold[self.committing]), self.counts, 0)
 
 
 def compose(
@@ -65,8 +171,7 @@ def compose(
     `max_rows`: the program's largest number of rows. `has_cache`: whether it has caches. `buckets`: what to pad all
     sizes to; None: rows alone are rounded up.
 
-    Padded tokens are of no segment, and padded segments have none. Padded rows are of the first token, and what the
-    head makes of them nobody reads; a padded guided row moves the last of them, without guidance.
+    Padded tokens are of no segment, and padded segments have none.
     """
     phases, replays = table.phases(rows), table.lost[rows]
     first = np.where(phases == REUSE, table.span[rows], 0)
@@ -88,45 +193,11 @@ def compose(
         prompts = (owner >= rows.size) & (positions < table.prompt_length[rows[side_of]][owner])
         token_ids[prompts] = mask_id
 
-    committing = np.flatnonzero(~replays)
-    segment, position = table.candidates(rows[committing])
-    counts = np.bincount(committing[segment], minlength=rows.size)
-    request = committing[segment]  # of each row of the head
-    row_ends = np.cumsum(counts)
-    real = int(position.size)
-    is_guided = table.cfg_scale[rows] > 0
-    twins = np.flatnonzero(is_guided[request])
-
     tables = _cache_tables(table, rows, phases, side_of, origins) if has_cache else {}
-    active = tables["active"].size if has_cache else 0
-    sizes = {"tokens": owner.size, "rows": real, "guided": twins.size, "segments": side_of.size, "active": active}
-    if buckets is not None:
-        sizes = buckets.padded(sizes)
-    else:
-        sizes["rows"] = min(-(-max(real, 1) // ROW_BUCKET) * ROW_BUCKET, max_rows)
-
-    twin_origin = np.zeros(rows.size, np.int64)
-    twin_origin[guided] = origins[rows.size :]
-    twin_ends = sizes["rows"] + np.cumsum(counts[guided])
-    span_ends = np.concatenate((row_ends, twin_ends))
-    own, twin = origins[request] + position, twin_origin[request] + position
-    first_row = int(own[0]) if real else 0
-
-    inputs = {
-        "token_ids": _padded(token_ids, sizes["tokens"]),
-        "positions": _padded(positions, sizes["tokens"]),
-        "rows": np.concatenate(
-            (_padded(own, sizes["rows"], first_row), _padded(twin[twins], sizes["guided"], first_row))
-        ),
-        "guided": _padded(twins, sizes["guided"], sizes["rows"] - 1),
-        "guidance": _padded(table.cfg_scale[rows][request][twins], sizes["guided"]),
-        "row_segment": _padded(request, sizes["rows"]),
-        "row_position": _padded(position, sizes["rows"]),
-        "row_target": _padded(table.reference[rows[request], position], sizes["rows"], -1),
-    }
+    others = {"tokens": owner.size, "segments": side_of.size, "active": tables["active"].size if has_cache else 0}
+    sizes = others if buckets is None else buckets.padded({"rows": 0, "guided": 0, **others})
     of_segments = {
         "segments": np.stack((starts, ends), axis=1),
-        "row_spans": np.stack((span_ends - counts[side_of], span_ends), axis=1),
         "temperature": table.temperature[rows[side_of]],
         "top_k": table.top_k[rows[side_of]],
         "top_p": table.top_p[rows[side_of]],
@@ -135,11 +206,29 @@ def compose(
         "step": table.step[rows[side_of]],
         "suppressed": table.suppressed[rows[side_of]],
     }
+    inputs = {"token_ids": _padded(token_ids, sizes["tokens"]), "positions": _padded(positions, sizes["tokens"])}
     if has_cache:
         inputs["active"] = _padded(tables.pop("active"), sizes["active"])
         of_segments |= tables
     inputs |= {name: _padded(values, sizes["segments"]) for name, values in of_segments.items()}
-    return Batch(table, rows, rows[committing], _program_for(phases), sizes, inputs, segment, position)
+    committing = np.flatnonzero(~replays)
+    second = np.zeros(rows.size, np.int64)
+    second[guided] = np.arange(rows.size, side_of.size)
+    return Batch(
+        table=table,
+        rows=rows,
+        committing=rows[committing],
+        phase=_program_for(phases),
+        inputs=inputs,
+        counts=table.commit_counts(rows[committing]),
+        refreshed=rows[committing][phases[committing] == REFRESH],
+        second=second,
+        origins=origins,
+        _index=committing,
+        _others=others,
+        _max_rows=max_rows,
+        _buckets=buckets,
+    )
 
 
 def _padded(values: Array, count: int, filler: int = 0) -> Array:
@@ -149,6 +238,10 @@ def _padded(values: Array, count: int, filler: int = 0) -> Array:
     whole = np.full((count, *values.shape[1:]), filler, values.dtype)
     whole[: len(values)] = values
     return whole
+
+
+def _bits(values: FloatArray) -> IntArray:
+    return values.view(np.int32).astype(np.int64)
 
 
 def _program_for(phases: IntArray) -> str:

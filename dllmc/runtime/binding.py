@@ -1,6 +1,6 @@
 """A program bound to one shape of a step: a list of calls over fixed memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ class Binding:
     Raises `ProgramError` for sizes that were not planned for.
     """
 
+    made_here: Collection[str] = ()
+    """Inputs that no one gives, because the binding makes them itself."""
+
     def __init__(self, program: Program, memory: Memory, sizes: Sizes) -> None:
         self.program = program
         self._memory = memory
@@ -44,7 +47,11 @@ class Binding:
                 raise ProgramError(f"program {program.name!r}: expected {limits} a step, found {sizes[symbol]}")
         if program.caches:
             sizes = {**sizes, PAGES: program.maxima[PAGES]}
-        self.inputs = {name: memory.given_input(program, name, sizes).numpy() for name in program.inputs}
+        given = [name for name in program.inputs if name not in self.made_here]
+        self.inputs = [
+            {name: memory.given_input(program, name, sizes, lane).numpy() for name in given}
+            for lane in range(len(memory.given))
+        ]
         self.outputs = {name: memory.view(program, view, sizes) for name, view in program.outputs.items()}
         self.calls: list[Callable[[], object]] = []
         self.written: list[_Written] = []
@@ -80,9 +87,9 @@ class Binding:
                     raise ProgramError(f"{self._where(instruction)}: {found}")
         self._memory.require_in_place()
 
-    def load(self, inputs: Mapping[str, Array]) -> None:
+    def load(self, inputs: Mapping[str, Array], lane: int = 0) -> None:
         """Write a step's inputs where they are given. Raises `ProgramError` for one of another dtype or shape."""
-        for name, target in self.inputs.items():
+        for name, target in self.inputs[lane].items():
             _load(name, inputs.get(name), target)
 
     def _where(self, instruction: Instruction) -> str:

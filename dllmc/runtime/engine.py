@@ -1,7 +1,8 @@
 """The engine: an artifact's programs over memory that it owns, decoding any number of requests in packed steps.
 
 Between two steps requests come, go, and take each other's places (`dllmc.runtime.roster`); a step is composed of those
-that run together, run, and committed. Any thread may submit, wait, follow and cancel: one of those that wait runs the
+that run together, run, and committed. On a GPU the next step is composed while one runs, where nobody comes or goes and
+no block ends, and begins behind it. Any thread may submit, wait, follow and cancel: one of those that wait runs the
 next step, all others sleep until it is over.
 """
 
@@ -9,6 +10,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,11 +22,13 @@ from dllmc.errors import CancelledError, DeadlineError, QueueFullError, RequestE
 from dllmc.ir.program import PAGES
 from dllmc.runtime import batch, likelihood, scheduler, warm_up
 from dllmc.runtime.arena import Memory, require_weights
+from dllmc.runtime.batch import Batch
 from dllmc.runtime.buckets import Buckets
 from dllmc.runtime.device import resolve
 from dllmc.runtime.graphs import GraphExecutor, executors
 from dllmc.runtime.handle import Request
 from dllmc.runtime.kv_pool import KVPool
+from dllmc.runtime.launch import Running, launch
 from dllmc.runtime.likelihood import Score
 from dllmc.runtime.metrics import Metrics, Stats
 from dllmc.runtime.params import DENSE, CachePolicy, Prompt, SamplingParams, is_integer
@@ -82,7 +86,7 @@ class Engine:
             weights = loaded.load_weights(self.device)
         require_weights(programs, weights, self.device)
         self.memory = Memory(programs, weights, self.device)
-        self._executors = executors(loaded.programs, self.memory)
+        self._executors = executors(loaded.programs, self.memory, self.spec.mask_id)
         padded = self.device.type != "cpu" if buckets is None else buckets
         self._buckets = Buckets.of(program.maxima) if padded else None
         positions = min(self.spec.max_positions, program.maxima["tokens"])
@@ -93,6 +97,9 @@ class Engine:
         self._cancelled: list[Request] = []  # during the step that runs
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._order = count()
+        self._goes_ahead = any(isinstance(executor, GraphExecutor) for executor in self._executors.values())
+        self._running: Running | None = None  # a step that was begun behind the last one
+        self._last_end = 0.0
         self._driving = threading.Lock()  # held by the thread that runs a step
         self._changed = threading.Condition()  # told of each step, and of each request that comes
         self._changes = 0
@@ -358,44 +365,81 @@ class Engine:
             self._drop_cancelled()
             now = time.monotonic()
             self._drop_late(now)
-            rows = self._roster.next(now)
+            rows = self._roster.next(now) if self._running is None else self._running.step.rows
         if rows.size:
             self._run(rows)
         with self.lock:
             self._drop_cancelled()
 
-    def _run(self, rows: IntArray) -> None:
-        """Run a step of these rows; if it fails, each row alone, so that only those are lost that fail."""
+    def _run(self, rows: IntArray, alone: bool = False) -> None:
+        """Run a step of these rows, or end theirs under way; if it fails, each alone: only those that fail are lost."""
         start = time.perf_counter()
+        running, self._running = self._running, None
         try:
-            most, has_cache = self._program.maxima["rows"], self.pool is not None
-            step = batch.compose(self._table, rows, most, self.spec.mask_id, has_cache, self._buckets)
-            executor = self._executors.get(step.phase) or self._executors[self._program.name]
-            predicted = executor.run(step.sizes, step.inputs)
+            running = running or self._launch(self._compose(rows))
+            step = running.step
+            step.advance()
+            ahead = None if alone else self._ahead_of(step)
+            if step.certain:
+                self._running = self._launch_ahead(ahead)
+            commits = running.wait()
         except Exception as error:
-            if rows.size > 1:
+            self._running = None
+            self._table.fresh[rows] = True
+            if rows.size > 1 and running is None:
                 for row in rows:
-                    self._run(rows[rows == row])
-                return
-            with self.lock:
-                [entry] = self._roster.at(rows)
-                failed = StepError(f"the request's step {entry.state.step} failed: {type(error).__name__}: {error}")
-                failed.__cause__ = error
-                self._metrics.failed += 1
-                self._end(self._requests[entry], failed)
+                    self._run(rows[rows == row], alone=True)
+            else:
+                self._fail(rows, error)
             return
         with self.lock:
-            masked = int(self._table.left[rows].sum())
-            deferring: Sequence[Sequence[int]] = ()
-            if self._table.defers[step.committing].any():
-                deferring = [entry.state.params.defer_tokens for entry in self._roster.at(step.committing)]
-            full = step.commit(**predicted, deferring=deferring)
-            committed = masked - int(self._table.left[rows].sum())
-            self._metrics.stepped(step.phase, time.perf_counter() - start, committed)
+            full = step.commit(commits)
+        if not step.certain and not full.size:
+            self._running = self._launch_ahead(ahead)
+        now = time.perf_counter()
+        with self.lock:
+            self._metrics.stepped(step.phase, now - max(start, self._last_end), commits.token.size)
+            self._last_end = now
             for entry in self._roster.at(full):
                 entry.state.leave_full_blocks()
                 if entry.state.finished:
                     self._finish(self._requests[entry])
+
+    def _compose(self, rows: IntArray) -> Batch:
+        most, has_cache = self._program.maxima["rows"], self.pool is not None
+        return batch.compose(self._table, rows, most, self.spec.mask_id, has_cache, self._buckets)
+
+    def _launch(self, step: Batch) -> Running:
+        return launch(step, self._executors.get(step.phase) or self._executors[self._program.name])
+
+    def _ahead_of(self, step: Batch) -> Batch | None:
+        """The step behind one that runs on a GPU; None where it is open: a block ends, or someone came or went."""
+        if not self._goes_ahead or not self._table.left[step.rows].all():
+            return None
+        with self.lock:
+            rows = self._roster.ahead()
+        return self._compose(rows) if rows.size else None
+
+    def _launch_ahead(self, step: Batch | None) -> Running | None:
+        """Begin a step behind one that runs. If it fails, that is left to be found when it is due."""
+        if step is None:
+            return None
+        try:
+            running = self._launch(step)
+        except Exception:
+            self._table.fresh[step.rows] = True
+            return None
+        self._roster.ran(step.rows)
+        return running
+
+    def _fail(self, rows: IntArray, error: Exception) -> None:
+        """End the requests at these rows, whose step failed."""
+        with self.lock:
+            for entry in self._roster.at(rows):
+                failed = StepError(f"the request's step {entry.state.step} failed: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+                self._metrics.failed += 1
+                self._end(self._requests[entry], failed)
 
     def _finish(self, request: Request) -> None:
         self._metrics.finished += 1
@@ -409,11 +453,16 @@ class Engine:
         request.end(entry.state.result() if error is None else error)
 
     def _drop_cancelled(self) -> None:
+        """Take out who was cancelled, and wait for a step that is nobody's any more. No step is being run."""
         for request in self._cancelled:
             if not request.done:
                 self._metrics.cancelled += 1
                 self._end(request, CancelledError("the request was cancelled"))
         self._cancelled.clear()
+        if self._running is not None and not self._roster.at(self._running.step.rows):
+            gone, self._running = self._running, None
+            with suppress(Exception):  # which no request is there to be told of
+                gone.wait()
 
     def _drop_late(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

@@ -1,22 +1,22 @@
 """Runs a program on a GPU: each shape of a step call by call at first, then as a CUDA graph, one launch for all calls.
 
 Inputs are written into page-locked memory and moved at once, outputs come back into such memory, and one event tells
-that they are there. `dllmc.runtime.buckets` keeps the shapes few.
+that they are there. Until then the host is free: the next step may be launched behind one that runs.
+`dllmc.runtime.buckets` keeps the shapes few.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import PAGES, Program, Sizes
-from dllmc.runtime.arena import Memory
+from dllmc.ir.program import DTYPE_BYTES, PAGES, Program, Sizes, aligned, element_count
+from dllmc.runtime.arena import Block, Memory
 from dllmc.runtime.binding import Array, Binding
 from dllmc.runtime.executor import Executor, Key, key_of
 
@@ -32,10 +32,11 @@ _log = logging.getLogger(__name__)
 class Stream(Protocol):
     """What is asked of `dllmc.runtime.cuda.Stream`."""
 
-    def active(self) -> AbstractContextManager[object]: ...
-    def record(self, run: Callable[[], object]) -> Callable[[], object]: ...
-    def host(self, elements: int, dtype: torch.dtype) -> torch.Tensor: ...
-    def finish(self) -> None: ...
+    def run(self, calls: Callable[[], object]) -> Callable[[], object]: ...
+    def record(self, calls: Callable[[], object]) -> Callable[[], object]: ...
+
+
+Bind = Callable[[Program, Memory, Sizes], Binding]
 
 
 @dataclass
@@ -47,38 +48,72 @@ class _Graph:
     last: int
 
 
+class Lanes:
+    """What steps under way have of the host, by turns: a block that is given, and one that outputs return in."""
+
+    def __init__(self, memory: Memory, programs: Iterable[Program]) -> None:
+        size_bytes = max(_output_bytes(program) for program in programs)
+        pinned = memory.device.type != "cpu"
+        self.returned = [Block(size_bytes, pinned=pinned) for _ in memory.given]
+        self._waits: list[Callable[[], object]] = [_nothing] * len(memory.given)
+        self._turn = 0
+
+    def next(self) -> int:
+        """The next lane, once the step that had it is over."""
+        lane = self._turn
+        self._turn = (lane + 1) % len(self._waits)
+        self._waits[lane]()
+        return lane
+
+    def busy(self, lane: int, wait: Callable[[], object]) -> None:
+        """Say that a lane is used until `wait` returns."""
+        self._waits[lane] = wait
+
+
 class GraphExecutor(Executor):
-    """A program over the memory of a GPU.
+    """A program over the memory of a GPU. `bind`: what makes its bindings.
 
     A shape's first two steps are made call by call: the first checks each result, the second is recorded behind it, by
     the thread that has just made the same calls. A shape that comes once costs no recording.
     """
 
-    def __init__(self, program: Program, memory: Memory, stream: Stream) -> None:
+    def __init__(
+        self, program: Program, memory: Memory, stream: Stream, lanes: Lanes | None = None, bind: Bind = Binding
+    ) -> None:
         super().__init__(program, memory)
         self._stream = stream
+        self._lanes = lanes or Lanes(memory, [program])
+        self._bind = bind
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._steps = 0
         self._full = False  # whether a shape was found to have no place
-        largest = {PAGES: 1, **program.maxima}
-        self._outputs = {
-            name: stream.host(
-                prod(dim.at(largest) for dim in view.shape), getattr(torch, program.tensor(view.base).dtype)
-            )
-            for name, view in program.outputs.items()
-        }
 
-    @torch.inference_mode()
     def run(self, sizes: Sizes, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One step, as `Executor.run`. Raises `ProgramError` too where the GPU cannot record the step."""
+        return self.launch(sizes, inputs)()
+
+    @torch.inference_mode()
+    def launch(
+        self, sizes: Sizes, inputs: Mapping[str, Array], before: Callable[[], object] | None = None
+    ) -> Callable[[], dict[str, Array]]:
+        """Begin a step behind those under way; the result waits for its outputs, which live until the next but one.
+
+        before: made on the GPU's stream ahead of the step. Raises what `run` raises.
+        """
         key = key_of(sizes)
         graph = self._graphs.get(key)
-        binding = graph.binding if graph else self._bindings.get(key) or Binding(self.program, self.memory, sizes)
+        binding = graph.binding if graph else self._bindings.get(key) or self._bind(self.program, self.memory, sizes)
         self.memory.require_in_place()
-        binding.load(inputs)
+        lane = self._lanes.next()
+        binding.load(inputs, lane)
         self._steps += 1
-        with self._stream.active():
-            self.memory.upload(self.program)
+        outputs: dict[str, Array] = {}
+
+        @torch.inference_mode()
+        def step() -> None:
+            if before is not None:
+                before()
+            self.memory.upload(self.program, lane)
             if graph is not None:
                 graph.replay()
                 graph.last = self._steps
@@ -88,9 +123,16 @@ class GraphExecutor(Executor):
                 self._call(key, binding)
                 if again and self._has_place():
                     self._record(key, binding)
-            outputs = self._read_back(binding)
-        self._stream.finish()
-        return outputs
+            outputs.update(self._read_back(binding, lane))
+
+        wait = self._stream.run(step)
+        self._lanes.busy(lane, wait)
+
+        def finish() -> dict[str, Array]:
+            wait()
+            return outputs
+
+        return finish
 
     @torch.inference_mode()
     def record(self, sizes: Sizes) -> bool:
@@ -101,14 +143,17 @@ class GraphExecutor(Executor):
         key = key_of(sizes)
         if key in self._graphs or not self._has_place():
             return False
-        binding = Binding(self.program, self.memory, sizes)
+        binding = self._bind(self.program, self.memory, sizes)
         self.memory.require_in_place()
-        self.memory.given.bytes.zero_()
-        with self._stream.active():
-            self.memory.upload(self.program)
+        lane = self._lanes.next()
+        self.memory.given[lane].bytes.zero_()
+
+        def step() -> None:
+            self.memory.upload(self.program, lane)
             self._call(key, binding)
             self._record(key, binding)
-        self._stream.finish()
+
+        self._stream.run(step)()
         return True
 
     def _record(self, key: Key, binding: Binding) -> None:
@@ -140,20 +185,40 @@ class GraphExecutor(Executor):
         del self._graphs[oldest]
         return True
 
-    def _read_back(self, binding: Binding) -> dict[str, Array]:
+    def _read_back(self, binding: Binding, lane: int) -> dict[str, Array]:
         """Begin to copy the outputs to where the host reads them."""
-        found = {}
+        found, at = {}, 0
         for name, output in binding.outputs.items():
-            place = self._outputs[name][: output.numel()].view(output.shape)
+            place = self._lanes.returned[lane].bytes[at : at + output.nbytes].view(output.dtype).view(output.shape)
             found[name] = place.copy_(output, non_blocking=True).numpy()
+            at += aligned(output.nbytes)
         return found
 
 
-def executors(programs: Mapping[str, Program], memory: Memory) -> dict[str, Executor]:
-    """An executor for each program, on the device where their memory is."""
+def executors(programs: Mapping[str, Program], memory: Memory, mask_id: int) -> dict[str, Executor]:
+    """An executor for each program, on the device where their memory is; a GPU's commits too (`on_device`)."""
     if memory.device.type == "cpu":
         return {name: Executor(program, memory) for name, program in programs.items()}
     from dllmc.runtime.cuda import Stream as CudaStream
 
-    stream = CudaStream(memory.device)
-    return {name: GraphExecutor(program, memory, stream) for name, program in programs.items()}
+    return on_stream(programs, memory, CudaStream(memory.device), mask_id)
+
+
+def on_stream(programs: Mapping[str, Program], memory: Memory, stream: Stream, mask_id: int) -> dict[str, Executor]:
+    """Executors of a GPU whose steps pick their rows and commit."""
+    from dllmc.runtime.on_device import DecodingBinding
+
+    lanes = Lanes(memory, programs.values())
+    bind = partial(DecodingBinding, mask_id=mask_id)
+    return {name: GraphExecutor(program, memory, stream, lanes, bind) for name, program in programs.items()}
+
+
+def _output_bytes(program: Program) -> int:
+    """Bytes of all outputs in the largest step, or of what a decoding step returns, which is less."""
+    largest = {PAGES: 1, **program.maxima}
+    tensors = [(program.tensor(view.base).dtype, view.shape) for view in program.outputs.values()]
+    return sum(aligned(DTYPE_BYTES[dtype] * element_count(shape).at(largest)) for dtype, shape in tensors)
+
+
+def _nothing() -> None:
+    """There is no step to wait for."""

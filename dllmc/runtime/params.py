@@ -11,7 +11,7 @@ from typing import Literal, TypeGuard
 import numpy as np
 
 from dllmc.errors import RequestError
-from dllmc.spec import MAX_SUPPRESS_TOKENS, MAX_TOP_K
+from dllmc.spec import MAX_DEFER_TOKENS, MAX_SUPPRESS_TOKENS, MAX_TOP_K
 
 CONFIDENCE_RULES = ("low_confidence", "topk_margin", "entropy", "random")
 """The choices of `SamplingParams.remasking`. A rule's index is its code in `dllmc::decode_head`."""
@@ -91,7 +91,7 @@ class SamplingParams:
     """At most 64 token ids that are never chosen: their logits are -inf (LLaDA's `logits_eos_inf`)."""
 
     defer_tokens: Sequence[int] = ()
-    """Token ids that, as a choice, are committed last (LLaDA's `confidence_eos_eot_inf`)."""
+    """At most 64 token ids that, as a choice, are committed last (LLaDA's `confidence_eos_eot_inf`)."""
 
     logprobs: bool = False
     """Return the log-probability of each token of the completion."""
@@ -120,8 +120,9 @@ class SamplingParams:
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         self._require("remasking", self.remasking in CONFIDENCE_RULES, f"one of {', '.join(CONFIDENCE_RULES)}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        few = len(self.suppress_tokens) <= MAX_SUPPRESS_TOKENS
-        self._require("suppress_tokens", few, f"at most {MAX_SUPPRESS_TOKENS} ids, not {len(self.suppress_tokens)}")
+        for name, most in (("suppress_tokens", MAX_SUPPRESS_TOKENS), ("defer_tokens", MAX_DEFER_TOKENS)):
+            count = len(getattr(self, name))
+            self._require(name, count <= most, f"at most {most} ids, not {count}")
         self._check_pace()
 
     def _check_pace(self) -> None:

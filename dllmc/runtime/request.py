@@ -197,7 +197,10 @@ class RequestState:
             if self.params.logprobs:
                 raise ValueError("commit without logprobs, which the request's params ask for")
             logprobs = np.zeros(len(positions))
-        self.table.commit(self._rows, np.zeros_like(positions), positions, token_ids, logprobs)
+        if self.phase == "refresh":
+            self.table.at_refresh[self.row] = self.table.token_ids[self.row]
+        self.table.advance(self._rows, self._rows, 0)
+        self.table.write(self._rows, np.zeros_like(positions), positions, token_ids, logprobs, 0)
         self.leave_full_blocks()
 
     def leave_full_blocks(self) -> None:
@@ -270,11 +273,11 @@ class RequestState:
             "top_p": params.top_p or 1.0,
             "rule": CONFIDENCE_RULES.index(params.remasking),
             "seed": params.seed,
-            "defers": bool(params.defer_tokens),
         }
         for name, value in columns.items():
             getattr(self.table, name)[self.row] = value
         self.table.suppressed[self.row, : len(params.suppress_tokens)] = params.suppress_tokens
+        self.table.deferred[self.row, : len(params.defer_tokens)] = params.defer_tokens
 
     def _enter_block(self, start: int) -> None:
         table, row = self.table, self.row

@@ -88,17 +88,28 @@ class Roster:
     def next(self, now: float) -> IntArray:
         """Give places, and say which rows of the table run the next step; none if there are no requests."""
         self._give_places(now)
+        rows = self._chosen()
+        self.ran(rows)
+        return rows
+
+    def ahead(self) -> IntArray:
+        """Which rows run the step behind the one that runs, if that ends none of their blocks; none if it is open."""
+        return self._rows[:0] if self._changed else self._chosen()
+
+    def ran(self, rows: IntArray) -> None:
+        """Count a step of these rows, which `next` has done for its own."""
+        self.table.waited[self._rows] += 1
+        self.table.waited[rows] = 0
+
+    def at(self, rows: Iterable[int]) -> list[Entry]:
+        """Whose rows these are, where they are anyone's."""
+        return [self._seated[int(row)] for row in rows if int(row) in self._seated]
+
+    def _chosen(self) -> IntArray:
         if not self._rows.size:
             return self._rows
         wanted = scheduler.wanted(self.table, self._rows)
-        rows = self._rows[scheduler.choose(wanted, self._limits, self.policy)]
-        self.table.waited[self._rows] += 1
-        self.table.waited[rows] = 0
-        return rows
-
-    def at(self, rows: Iterable[int]) -> list[Entry]:
-        """Whose rows these are."""
-        return [self._seated[int(row)] for row in rows]
+        return self._rows[scheduler.choose(wanted, self._limits, self.policy)]
 
     def _key(self, entry: Entry) -> tuple[float, int]:
         return (entry.due if self.policy.multiplexes else 0.0, entry.number)

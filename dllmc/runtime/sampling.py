@@ -4,9 +4,6 @@
 Every decision is a sort and a few gathers over rows: no loop over requests, no dependence between segments.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-
 import numpy as np
 import numpy.typing as npt
 
@@ -59,15 +56,12 @@ def _keys(segment: IntArray, confidence: FloatArray) -> IntArray:
     return keys
 
 
-def deferred_choices(segment: IntArray, token: IntArray, defer_tokens: Sequence[Sequence[int]]) -> BoolArray:
+def deferred_choices(segment: IntArray, token: IntArray, defer_tokens: IntArray) -> BoolArray:
     """Mark the rows whose chosen token their own request defers: [rows] bool.
 
-    segment: [rows]. token: [rows], ids >= 0. defer_tokens: one list of token ids a segment.
+    segment: [rows]. token: [rows], ids >= 0. defer_tokens: [segments, most], ids, -1 where there are fewer.
     """
-    lengths = [len(ids) for ids in defer_tokens]
-    if not segment.size or not any(lengths):
-        return np.zeros(segment.size, np.bool_)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    ids = np.fromiter(chain.from_iterable(defer_tokens), np.int64, owner.size)
-    width = 1 + max(token.max(), ids.max())  # (segment, token) becomes one number, without collisions
-    return np.isin(segment * width + token, owner * width + ids)
+    found = np.zeros(segment.size, np.bool_)
+    if (defer_tokens >= 0).any():
+        found[:] = (token[:, None] == defer_tokens[segment]).any(axis=1)
+    return found

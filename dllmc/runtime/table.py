@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dllmc.runtime.params import Phase
-from dllmc.spec import MAX_SUPPRESS_TOKENS
+from dllmc.spec import MAX_DEFER_TOKENS, MAX_SUPPRESS_TOKENS
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -56,11 +56,11 @@ class Table:
     top_p: FloatArray
     rule: IntArray
     seed: IntArray
-    # What the scheduler reads. defers: whether it has tokens that are committed last. due: see `Entry`. waited: steps
-    # since it last ran.
-    defers: BoolArray
+    # What the scheduler reads. due: see `Entry`. waited: steps since it last ran.
     due: DoubleArray
     waited: IntArray
+    # What a GPU must yet be told: whether the row is another request's than it knows of, or in another state.
+    fresh: BoolArray
 
     def __init__(self, rows: int, positions: int, pages: int = 0) -> None:
         for name, element in _COLUMNS.items():
@@ -71,6 +71,7 @@ class Table:
         self.masked: BoolArray = np.zeros((rows, positions), np.bool_)
         self.logprobs: DoubleArray = np.zeros((rows, positions), np.float64)
         self.suppressed: IntArray = np.full((rows, MAX_SUPPRESS_TOKENS), -1, np.int64)
+        self.deferred: IntArray = np.full((rows, MAX_DEFER_TOKENS), -1, np.int64)
         self.page_table: IntArray = np.zeros((rows, SIDES, pages), np.int64)
 
     def copy(self, row: int, other: "Table", other_row: int) -> None:
@@ -80,7 +81,8 @@ class Table:
         length = int(self.length[row])
         for name in ("token_ids", "at_refresh", "reference", "masked", "logprobs"):
             getattr(self, name)[row, :length] = getattr(other, name)[other_row, :length]
-        self.suppressed[row] = other.suppressed[other_row]
+        self.suppressed[row], self.deferred[row] = other.suppressed[other_row], other.deferred[other_row]
+        self.fresh[row] = True
 
     def phases(self, rows: IntArray) -> IntArray:
         """What the next step of each is: `FULL`, `REFRESH` or `REUSE` (semantics.md, "Schedule of one block")."""
@@ -116,24 +118,35 @@ class Table:
             counts = np.where(timestep, timestep_counts(left, step, np.maximum(steps, 1)), counts)
         return counts
 
-    def commit(
-        self, rows: IntArray, segment: IntArray, position: IntArray, token: IntArray, logprob: npt.NDArray[np.floating]
+    def advance(self, rows: IntArray, committing: IntArray, certain: IntArray | int) -> None:
+        """Go on in the schedule by a step of the rows, of which some commit.
+
+        certain: [committing], how many tokens each commits, as far as that is known.
+        """
+        self.lost[rows] = False  # what was replayed has its cache again
+        self.step[committing] += 1
+        self.step_in_block[committing] += 1
+        self.left[committing] -= certain
+
+    def write(
+        self,
+        rows: IntArray,
+        segment: IntArray,
+        position: IntArray,
+        token: IntArray,
+        logprob: npt.NDArray[np.floating],
+        certain: IntArray | int,
     ) -> IntArray:
         """End a step of the rows: write tokens, or the reference's, at candidates of theirs; those now full.
 
-        segment: [commits], which of the rows; position, token, logprob: [commits].
+        segment: [commits], which of the rows; position, token, logprob: [commits]. certain: what `advance` was told.
         """
-        filled = rows[self.phases(rows) == REFRESH]
-        if filled.size:
-            self.at_refresh[filled] = self.token_ids[filled]
         at = rows[segment]
         reference = self.reference[at, position]
         self.token_ids[at, position] = np.where(reference < 0, token, reference)
         self.logprobs[at, position] = logprob
         self.masked[at, position] = False
-        self.left[rows] -= np.bincount(segment, minlength=rows.size)
-        self.step[rows] += 1
-        self.step_in_block[rows] += 1
+        self.left[rows] -= np.bincount(segment, minlength=rows.size) - certain
         full: IntArray = rows[self.left[rows] == 0]
         return full
 

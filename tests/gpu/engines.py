@@ -28,7 +28,7 @@ def requests(count: int = 24) -> tuple[list[list[int]], list[dllmc.SamplingParam
         {"threshold": 0.02},
         {"temperature": 0.9, "top_p": 0.8},
         {"remasking": "entropy", "suppress_tokens": (1, 2, 3)},
-        {"remasking": "topk_margin", "defer_tokens": tuple(range(250))},
+        {"remasking": "topk_margin", "defer_tokens": tuple(range(0, 256, 4))},
         {"remasking": "random", "temperature": 1.0},
         {"cfg_scale": 0.5, "temperature": 0.7, "top_k": 50, "top_p": 0.9},
         {"steps": 9, "schedule": "timestep"},

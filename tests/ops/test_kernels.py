@@ -10,7 +10,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dllmc.ops.kernels import attention, glu, guide_rows, head_finish, head_reduce, head_select, keep, norm, rope
+from dllmc.ops.kernels import attention, commit, glu, guide_rows, head_finish, head_reduce, head_select, keep, norm
+from dllmc.ops.kernels import rope
 from dllmc.ops.kernels.decode_head import Tile
 
 def compiled(kernel, types, num_warps=4, **constants):
@@ -66,6 +67,13 @@ compiled(keep._pack, types, page_tokens=16, **sizes)
 
 types = pointers("bf16", "hidden", "out") | pointers("i64", "guided") | pointers("fp32", "guidance")
 compiled(guide_rows._guide_rows, types, lanes=64, block=1024)
+
+types = pointers("i64", "places", "token_ids", "rows", "row_spans", "row_segment", "row_position", "row_target")
+types |= pointers("i64", "guided", "positions", "token") | pointers("fp32", "guidance", "confidence", "logprob")
+types |= pointers("i32", "sequences", "counts", "committed")
+compiled(commit._count, types, tile=64)
+compiled(commit._select, types, lanes=64, tile=64)
+compiled(commit._commit, types, lanes=64, deferred=64, tile=64)
 
 tables = pointers("i64", "row_segment", "row_position", "row_target", "top_k", "rule", "seed", "step", "suppressed")
 tables |= pointers("fp32", "temperature", "top_p") | pointers("i64", "keys", "token") | {"scale": "fp32"}

@@ -1,12 +1,10 @@
 """When a shape is recorded and when replayed, and what crosses between host and device: on a CPU that plays both.
 
-`Recorder` stands in for a GPU's stream; state and what is given lie in different memory, as they do there. On a GPU the
-same is in tests/gpu.
+`tests.runtime.streams` has what stands in for a GPU's stream. On a GPU the same is in tests/gpu.
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,48 +15,21 @@ import dllmc
 from dllmc.errors import ProgramError
 from dllmc.ir.program import Affine, Instruction, Program, View
 from dllmc.runtime import graphs
-from dllmc.runtime.arena import Block, Memory, require_weights
+from dllmc.runtime.arena import Memory, require_weights
 from dllmc.runtime.binding import Binding
 from dllmc.runtime.graphs import GraphExecutor
 from tests.golden.cases import ROOT
 from tests.programs import MAXIMA, TOKENS, planned, shape, tensor, whole
+from tests.runtime.streams import Late, Recorder, engine_on
 from tests.runtime.test_executor import GROUPS, SHAPES, eager, hand_written, in_chunks, step_of, weights
 
 __all__ = ["weights"]
 
 
-class Recorder:
-    """A stream whose calls are made at once; a recorded list of them is made when it is replayed."""
-
-    def __init__(self) -> None:
-        self.did: list[str] = []
-        self.fails = False
-
-    def active(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def record(self, run: Callable[[], object]) -> Callable[[], object]:
-        self.did.append("record")
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-        def replay() -> None:
-            self.did.append("replay")
-            run()
-
-        return replay
-
-    def host(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(elements, dtype=dtype)
-
-    def finish(self) -> None:
-        self.did.append("finish")
-
-
 def executor_of(program: Program, weights: dict[str, torch.Tensor]) -> tuple[GraphExecutor, Recorder]:
     """The program over memory of its own, whose host side is apart."""
     memory = Memory([program], weights)
-    memory.given = Block(program.state_bytes)
+    memory.set_apart(pinned=False)
     stream = Recorder()
     return GraphExecutor(program, memory, stream), stream
 
@@ -94,16 +65,35 @@ def test_a_loop_is_recorded_too() -> None:
 
 
 def test_outputs_stay_where_they_are(weights: dict[str, torch.Tensor]) -> None:
-    """No step allocates what it returns; it lies apart from the arena, in memory of the host."""
+    """No step allocates what it returns; by turns it lies in two places of the host, apart from the arena."""
     executor, _ = executor_of(planned(hand_written()), weights)
-    places = set()
-    for seed in range(4):
+    places = []
+    for seed in range(6):
         found = executor.run(*step_of(7, 4, seed))
-        places.add(tuple(output.__array_interface__["data"][0] for output in found.values()))
-    assert len(places) == 1
+        places.append(tuple(output.__array_interface__["data"][0] for output in found.values()))
+    assert places == places[:2] * 3
+    assert len({*places[0], *places[1]}) == 2 * len(found)
     arena = executor.memory.arena.bytes
     inside = range(arena.data_ptr(), arena.data_ptr() + arena.numel())
-    assert not any(place in inside for place in places.pop())
+    assert not any(place in inside for place in (*places[0], *places[1]))
+
+
+def test_a_step_may_be_launched_behind_one_that_runs(weights: dict[str, torch.Tensor]) -> None:
+    """What it is given and what that one returns lie apart; a third waits until the first is over."""
+    program = planned(hand_written())
+    memory = Memory([program], weights)
+    memory.set_apart(pinned=False)
+    stream = Late()
+    executor = GraphExecutor(program, memory, stream)
+    steps = [step_of(5, 2, seed) for seed in range(6)]
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        waits = [executor.launch(*first), executor.launch(*second)]
+        for (_, inputs), found in zip((first, second), [wait() for wait in waits], strict=True):
+            for name, value in eager(weights, inputs).items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+    for step in steps:
+        executor.launch(*step)
+    assert stream.most == 2
 
 
 def test_a_shape_is_recorded_ahead_of_time_once(weights: dict[str, torch.Tensor]) -> None:
@@ -186,19 +176,13 @@ def test_a_binding_checks_that_nothing_moved(weights: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("folder", ["llada-mha", "dream-gqa"])
-def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any) -> None:
     """All programs over one memory: upload, record, replay and read back in any order, and after warming up."""
     options = dllmc.CompileOptions(max_tokens_per_step=200, max_requests=4, max_logit_rows=24, device="cuda")
     loaded = dllmc.compile(ROOT / folder, tmp_path / "out", options)
     plain = dllmc.Engine(loaded, device="cpu")
-    stream = Recorder()
-
-    def executors(programs: Any, memory: Memory) -> dict[str, GraphExecutor]:
-        memory.given = Block(memory.state.bytes.numel())
-        return {name: GraphExecutor(program, memory, stream) for name, program in programs.items()}
-
-    monkeypatch.setattr("dllmc.runtime.engine.executors", executors)
-    engine = dllmc.Engine(loaded, device="cpu", buckets=True)
+    stream = Late()
+    engine = engine_on(stream, loaded)
     params = [
         dllmc.SamplingParams(gen_length=12, block_length=6, ignore_eos=True, seed=i, temperature=i % 2, cfg_scale=i % 3)
         for i in range(9)

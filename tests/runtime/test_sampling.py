@@ -122,4 +122,5 @@ def test_a_row_is_deferred_by_its_own_requests_tokens_only(defer: list[list[int]
     rows = data.draw(st.lists(pairs, max_size=20))
     segment = np.array([s for s, _ in rows], np.int64)
     token = np.array([t for _, t in rows], np.int64)
-    assert list(deferred_choices(segment, token, defer)) == [t in defer[s] for s, t in rows]
+    lists = np.array([[*ids, *[-1] * (4 - len(ids))] for ids in defer], np.int64)
+    assert list(deferred_choices(segment, token, lists)) == [t in defer[s] for s, t in rows]
