@@ -77,7 +77,7 @@ def measured(engine: dllmc.Engine, steps: int, seed: int) -> tuple[Work, np.ndar
             times.append(time.perf_counter() - start)
         works.append([getattr(work, name) for name in Work.__dataclass_fields__])
         seconds.append(min(times))
-        for entry in roster.at(step.commit(**predicted)):
+        for entry in roster.at(step.finish(**predicted)):
             entry.state.leave_full_blocks()
             if entry.state.finished:
                 roster.remove(entry)

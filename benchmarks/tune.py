@@ -86,7 +86,18 @@ def _keep(maker: Maker) -> Iterator[Case]:
         yield from maker.keep(count, length, BLOCK, 0.5)
 
 
+def _head(maker: Maker) -> Iterator[Case]:
+    for rows in (8, 16, 32, 64, 512, 2048):
+        yield from maker.head(rows, "greedy")
+
+
+def _head_tiles() -> list[Fields]:
+    """Of `decode_head.Tile`, whose rows are those of the call. Beyond `head_tiles.FUSED_ROWS` its warps alone count."""
+    return [{"width": w, "warps": n, "stages": s} for w, n, s in product((32, 64, 128), (4, 8), (2, 3, 4, 5))]
+
+
 TUNABLES = (
+    Tunable("decode_head", _head, _head_tiles()),
     Tunable("attention_cached", _reuse, _tiles()),
     Tunable("attention", _refresh, _tiles()),
     Tunable("keep", _keep, _launches((2048, 4096, 8192, 16384), (4, 8))),

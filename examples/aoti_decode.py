@@ -31,7 +31,7 @@ def decode(export: aoti.Export, prompt: list[int], params: SamplingParams, cache
     state.table.page_table[0, 0] = pages
     while not state.finished:
         step = compose(state.table, ROW, program.maxima["rows"], artifact.spec.mask_id, has_cache)
-        step.commit(**export.steps[step.phase].run(step.sizes, step.inputs))
+        step.finish(**export.steps[step.phase].run(step.sizes, step.inputs))
         state.leave_full_blocks()
     return state.result().token_ids
 

@@ -9,7 +9,7 @@ host.
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,24 +27,30 @@ from benchmarks.gpu.device import Ceilings
 from benchmarks.gpu.record import Record, Section, print_rows, reason
 from benchmarks.gpu.setting import POLICIES, WARM_UPS, Point, Setting
 from benchmarks.gpu.work import Work
-from dllmc.runtime import batch, executor, graphs
-from dllmc.runtime.batch import Batch
+from dllmc.ir.program import Sizes
+from dllmc.runtime import batch
+from dllmc.runtime.batch import Array, Batch, Commits
 from dllmc.runtime.engine import Engine
+from dllmc.runtime.launch import launch
 
 PHASES = ("refresh", "reuse")
 POLICY = "dllmc cached, half"  # it scores, selects and packs
 REPEATS = 5
 SLEEP_CYCLES = 100_000_000  # about 50 ms, in which the host puts a step's calls into the queue
-HOST = ("compose", "run", "commit")
 
 
 @dataclass
 class Watched:
-    """Of each step its phase and seconds, whole and of its parts; and every batch, by phase."""
+    """Of each step its phase and seconds, whole and of the host's parts; and every step, by phase, with its inputs.
+
+    Parts of the next step are among these where the host makes them while one runs on the GPU. watching: seconds that
+    only the watching took.
+    """
 
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    batches: dict[str, list[Batch]] = field(default_factory=lambda: defaultdict(list))
+    steps: dict[str, list[tuple[Sizes, Mapping[str, Array]]]] = field(default_factory=lambda: defaultdict(list))
     now: dict[str, float] = field(default_factory=dict)
+    watching: float = 0.0
     phase: str = ""
 
 
@@ -58,18 +64,23 @@ def watching() -> Iterator[Watched]:
             start = time.perf_counter()
             result = function(*args, **kwargs)
             seen.now[name] = seen.now.get(name, 0.0) + time.perf_counter() - start
-            if isinstance(result, Batch):
-                seen.phase = result.phase
-                seen.batches[result.phase].append(result)
             return result
 
         return timed
 
+    commit = under("commit", Batch.commit)
+
+    def committed(step: Batch, commits: Commits) -> Any:
+        start = time.perf_counter()
+        seen.phase = step.phase
+        seen.steps[step.phase].append((step.sizes, step.inputs))
+        seen.watching += time.perf_counter() - start
+        return commit(step, commits)
+
     with (
         patch.object(batch, "compose", under("compose", batch.compose)),
-        patch.object(executor.Executor, "run", under("run", executor.Executor.run)),
-        patch.object(graphs.GraphExecutor, "run", under("run", graphs.GraphExecutor.run)),
-        patch.object(Batch, "commit", under("commit", Batch.commit)),
+        patch("dllmc.runtime.engine.launch", under("launch", launch)),
+        patch.object(Batch, "commit", committed),
     ):
         yield seen
 
@@ -78,10 +89,10 @@ def decode(engine: Engine, s: Setting, point: Point, new: int, seen: Watched) ->
     """Decode the point's requests, all in the same phase at any time, and watch each step."""
     requests = [engine.submit(prompt, s.params(new), POLICIES[POLICY]) for prompt in s.prompts(point)]
     while not all(request.done for request in requests):
-        seen.now = {}
+        seen.now, seen.watching = {}, 0.0
         start = time.perf_counter()
         engine.step()
-        seen.now["step"] = time.perf_counter() - start
+        seen.now["step"] = time.perf_counter() - start - seen.watching
         for name, seconds in seen.now.items():
             seen.seconds[seen.phase][name].append(seconds)
     for request in requests:
@@ -92,14 +103,14 @@ def measure(
     engine: Engine, s: Setting, point: Point, phase: str, seen: Watched, ceilings: Ceilings, device: torch.device
 ) -> Record:
     """One record. The engine is idle: its memory is used."""
-    if not seen.batches[phase]:
+    if not seen.steps[phase]:
         raise RuntimeError(f"no step was a {phase} of all requests, only {sorted(seen.seconds)}")
-    batches = sorted(seen.batches[phase], key=lambda one: one.sizes["rows"])
-    one = batches[len(batches) // 2]  # as its time is the median
+    steps = sorted(seen.steps[phase], key=lambda one: one[0]["rows"])
+    sizes, inputs = steps[len(steps) // 2]  # as its time is the median
     program = engine.artifact.programs[phase]
     with torch.inference_mode():
-        bound.load(program, engine.memory, one.sizes, one.inputs)
-        calls = bound.bind(program, engine.memory, one.sizes)
+        bound.load(program, engine.memory, sizes, inputs)
+        calls = bound.bind(program, engine.memory, sizes)
         works = [call.work() for call in calls]
         for call in calls:
             call.run()
@@ -117,7 +128,7 @@ def measure(
     total = sum(works, Work())
     of_calls = sum(part["roofline_seconds"] for part in parts.values())
     return {
-        "sizes": dict(one.sizes),
+        "sizes": dict(sizes),
         "calls": len(calls),
         "step_seconds": host.pop("step"),
         "host_seconds": host,
@@ -205,6 +216,7 @@ def show(content: dict[str, Any]) -> None:
                 "calls ms": f"{1e3 * r['device_seconds']:.2f}",
                 "host ms": f"{1e3 * max(r['step_seconds'] - best, 0):.2f}",
                 "compose": f"{1e3 * r['host_seconds'].get('compose', 0):.2f}",
+                "launch": f"{1e3 * r['host_seconds'].get('launch', 0):.2f}",
                 "commit": f"{1e3 * r['host_seconds'].get('commit', 0):.2f}",
                 "TFLOP": f"{r['flops'] / 1e12:.2f}",
                 "GB": f"{r['bytes'] / 1e9:.2f}",

@@ -40,19 +40,20 @@ class Commits(NamedTuple):
 class Batch:
     """A step, in which some is padding, of `rows` of the table, of which those in `committing` commit something.
 
-    phase: which program has all that the step needs. inputs: of the program, but for those that `picked` adds.
+    phase: which program has all that the step needs. given: inputs of the program, but for those that `picked` adds.
     counts: [committing], how many each commits, at least. refreshed: those of `rows` that a Refresh gives a cache.
     first, second: [rows], the segments of each, second 0 without guidance. origins: [segments], which packed token
     each segment's first position is, or would be.
 
-    In order: `sizes`, and `picked` or `places`, as the step begins; `advance`; and at its end `commit`.
+    In order: `sizes`, and `inputs` or `places`, as the step begins; `advance`; and at its end `choose` or `chosen`, and
+    `commit`. Where nothing is done meanwhile, `finish` is all of its end.
     """
 
     table: Table
     rows: IntArray
     committing: IntArray
     phase: str
-    inputs: Mapping[str, Array]
+    given: Mapping[str, Array]
     counts: IntArray
     refreshed: IntArray
     second: IntArray
@@ -76,6 +77,11 @@ class Batch:
     def candidates(self) -> tuple[IntArray, IntArray]:
         """[rows] of the head, but for padding: which of the committing requests, and the position in its sequence."""
         return self.table.candidates(self.committing)
+
+    @cached_property
+    def inputs(self) -> dict[str, Array]:
+        """All inputs that a program may take."""
+        return {**self.given, **self.picked()}
 
     @property
     def certain(self) -> bool:
@@ -157,6 +163,11 @@ class Batch:
         self.table.at_refresh[self.refreshed] = self.table.token_ids[self.refreshed]
         return self.table.write(self.committing, *commits, self._certain)
 
+    def finish(self, token: IntArray, confidence: FloatArray, logprob: FloatArray) -> IntArray:
+        """End the step with a prediction; the rows of the table whose block is full now."""
+        self.advance()
+        return self.commit(self.choose(token, confidence, logprob))
+
     @property
     def _certain(self) -> IntArray:
         """[committing], commits that are known beforehand."""
@@ -206,11 +217,11 @@ def compose(
         "step": table.step[rows[side_of]],
         "suppressed": table.suppressed[rows[side_of]],
     }
-    inputs = {"token_ids": _padded(token_ids, sizes["tokens"]), "positions": _padded(positions, sizes["tokens"])}
+    given = {"token_ids": _padded(token_ids, sizes["tokens"]), "positions": _padded(positions, sizes["tokens"])}
     if has_cache:
-        inputs["active"] = _padded(tables.pop("active"), sizes["active"])
+        given["active"] = _padded(tables.pop("active"), sizes["active"])
         of_segments |= tables
-    inputs |= {name: _padded(values, sizes["segments"]) for name, values in of_segments.items()}
+    given |= {name: _padded(values, sizes["segments"]) for name, values in of_segments.items()}
     committing = np.flatnonzero(~replays)
     second = np.zeros(rows.size, np.int64)
     second[guided] = np.arange(rows.size, side_of.size)
@@ -219,7 +230,7 @@ def compose(
         rows=rows,
         committing=rows[committing],
         phase=_program_for(phases),
-        inputs=inputs,
+        given=given,
         counts=table.commit_counts(rows[committing]),
         refreshed=rows[committing][phases[committing] == REFRESH],
         second=second,

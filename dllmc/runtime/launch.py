@@ -21,10 +21,10 @@ class Running:
 def launch(step: Batch, executor: Executor) -> Running:
     """Begin a step, whose requests are to `advance` then. Raises what `executor` raises."""
     if not isinstance(executor, GraphExecutor):
-        predicted = executor.run(step.sizes, {**step.inputs, **step.picked()})
+        predicted = executor.run(step.sizes, step.inputs)
         return Running(step, lambda: step.choose(**predicted))
     news = on_device.unknown(step.table, step.rows)
     before = partial(on_device.tell, executor.memory, news) if news else None
-    inputs = {**step.inputs, "places": step.places()}
+    inputs = {**step.given, "places": step.places()}
     finish = executor.launch(step.sizes, inputs, before)
     return Running(step, lambda: step.chosen(finish()["committed"]))

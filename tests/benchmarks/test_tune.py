@@ -9,11 +9,11 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import tune
-from dllmc.ops.kernels import configs
-from dllmc.ops.kernels.attention import Tile
+from dllmc.ops.kernels import attention, configs, decode_head
 from dllmc.ops.kernels.configs import Launch, bucket, configured
 
 DEFAULT = Launch(1024)
+KINDS = {"attention": attention.Tile, "attention_cached": attention.Tile, "decode_head": decode_head.Tile}
 ON_GPU: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
 
@@ -45,7 +45,7 @@ def test_stored_fields_replace_defaults(tuned: None) -> None:
 def test_candidates_have_the_fields_of_their_kernels() -> None:
     """And no more threads than elements."""
     for tunable in tune.TUNABLES:
-        kind = Tile if tunable.kernel.startswith("attention") else Launch
+        kind = KINDS.get(tunable.kernel, Launch)
         assert tunable.candidates
         for candidate in tunable.candidates:
             assert candidate.keys() <= {field.name for field in fields(kind)}

@@ -71,7 +71,7 @@ def picked(step: Batch, device: str) -> Device:
     sequences = torch.full((8, 2, 400), 77, dtype=torch.int32)
     for row, part in on_device.unknown(table, step.rows).items():
         sequences[row, :, : part.shape[1]] = torch.from_numpy(part)
-    inputs = {"token_ids": torch.from_numpy(step.inputs["token_ids"].copy())}
+    inputs = {"token_ids": torch.from_numpy(step.given["token_ids"].copy())}
     inputs["token_ids"][inputs["token_ids"] == SPEC.mask_id] = 98
     for name in kernels.PICKED:
         dtype, shape = interface.INPUTS[name]
@@ -98,7 +98,7 @@ def test_the_rows_are_those_that_the_host_picks(device: str) -> None:
         found = picked(step, device).inputs
         for name, value in step.picked().items():
             np.testing.assert_array_equal(found[name].cpu().numpy(), value, err_msg=name)
-        masked = step.inputs["token_ids"] == SPEC.mask_id
+        masked = step.given["token_ids"] == SPEC.mask_id
         own = table.token_ids[step.committing], table.masked[step.committing]
         assert own[0][own[1]].tolist() == [SPEC.mask_id] * int(own[1].sum())
         where = found["rows"].cpu().numpy()[: step.candidates[0].size]

@@ -367,7 +367,7 @@ def test_bad_prompts_are_refused_with_the_numbers(prompt: Any, gen_length: int, 
 
 def targets(request: RequestState) -> list[int]:
     """Tokens that the head is asked for at the candidates; -1 where none is."""
-    found: list[int] = compose(request.table, np.array([0]), 8, MASK).picked()["row_target"].tolist()
+    found: list[int] = compose(request.table, np.array([0]), 8, MASK).inputs["row_target"].tolist()
     return found[: request.candidates().size]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from dllmc.ops.chunks import carved
 from dllmc.ops.head_rows import CANDIDATES
 from dllmc.ops.head_tiles import CudaTiling
+from dllmc.ops.kernels.configs import configured
 from dllmc.ops.kernels.head_finish import finish_rows
 from dllmc.ops.kernels.head_reduce import reduce_tile
 from dllmc.ops.kernels.head_select import SELECTED, select_candidates
@@ -72,7 +73,8 @@ def decode_head(
     temperature, top_k, top_p, rule, seed, step, suppressed = tables
     tiling = CudaTiling.of(rows, vocab)
     logits, keys, statistics, target_logit = carved(workspace, tiling.memory())
-    tile = Tile.of(tiling.rows, hidden.dtype, tiling.fused)
+    default = Tile.of(tiling.rows, hidden.dtype, tiling.fused)
+    tile = configured(default, "decode_head", weight, rows=tiling.rows, vocab=vocab, width=width)
     segments, lanes = len(temperature), suppressed.shape[1]
     for begin in range(0, rows, tiling.rows):
         chunk = slice(begin, min(begin + tiling.rows, rows))
