@@ -1,4 +1,4 @@
-"""What one would write without dllmc: the published decoders, in plain eager torch over the reference LLaDA model.
+"""What one would write without dllmc: the published decoders, in plain eager torch over the reference models.
 
 `dense` is LLaDA's own (arXiv 2502.09992): every step computes every position. `dual_cache` is Fast-dLLM's (arXiv
 2505.22618): a block's first step computes every position and keeps all K/V, the others compute the block alone.
@@ -9,7 +9,9 @@ What makes them slow is published: a pass has the logits of all positions that i
 these logits in float64 (`softmax_dtype` says so; float32 is the milder choice). What was merely careless there is not
 repeated: no noise at temperature 0, no logits kept from one step to the next, no K/V concatenated.
 
-Both run where the model and the prompts are, and as `Parts`: eager functions, or the same under `torch.compile`.
+Dream's layers compute what LLaDA's do, under other names (`Body`), but that a row predicts the next position.
+Both decoders run where the model and the prompts are, and as `Parts`: eager functions, or the same under
+`torch.compile`.
 """
 
 import math
@@ -21,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllmc.models.dream import DreamModel
 from dllmc.models.layers import attend, rotary_tables, rotate, split_heads
 from dllmc.models.llada import LLaDAModel
+
+Model = LLaDAModel | DreamModel
 
 # (tokens [B, T], block, whether this is the block's first step) -> (the span computed, its logits [B, span, V])
 Forward = Callable[[Tensor, slice, bool], tuple[slice, Tensor]]
@@ -105,9 +110,54 @@ def compiled() -> Parts:
     return Parts(*(torch.compile(part, dynamic=False) for part in EAGER))
 
 
+@dataclass(frozen=True)
+class Body:
+    """What both decoders compute of a model. scale: of the logits. shift: rows from a position back to its own."""
+
+    embed: nn.Module
+    layers: list[Any]
+    norm: nn.Module
+    head: Tensor
+    head_dim: int
+    kv_heads: int
+    theta: float
+    bias: Tensor | None = None
+    scale: float = 1.0
+    shift: int = 0
+
+    @classmethod
+    def of(cls, model: Model) -> "Body":
+        c: Any = model.config
+        if isinstance(model, DreamModel):
+            parts: Any = model.model
+            weight = parts["embed_tokens"].weight if model.lm_head is None else model.lm_head.weight
+            layers = [_DreamLayer(layer) for layer in parts["layers"]]
+            head_dim = c.hidden_size // c.num_attention_heads
+            sizes = head_dim, c.num_key_value_heads, c.rope_theta
+            return cls(parts["embed_tokens"], layers, parts["norm"], weight, *sizes, shift=1)
+        parts = model.model["transformer"]
+        head = parts["wte" if c.weight_tying else "ff_out"]
+        scale = 1 / math.sqrt(c.d_model) if c.scale_logits else 1.0
+        sizes = c.d_model // c.n_heads, c.n_kv_heads, c.rope_theta
+        bias = getattr(head, "bias", None)
+        return cls(parts["wte"], list(parts["blocks"]), parts["ln_f"], head.weight, *sizes, bias, scale)
+
+
+class _DreamLayer(nn.Module):
+    """A layer of Dream's, its parts under the names of LLaDA's."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.attn_norm, self.ff_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_proj, self.k_proj, self.v_proj = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+        self.attn_out = layer.self_attn.o_proj
+        self.ff_proj, self.up_proj, self.ff_out = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+        self.heads, self.kv_heads = layer.self_attn.heads, layer.self_attn.kv_heads
+
+
 @torch.inference_mode()
 def dense(
-    model: LLaDAModel,
+    model: Model,
     prompts: Tensor,
     mask_id: int,
     pace: Pace,
@@ -115,17 +165,18 @@ def dense(
     parts: Parts = EAGER,
 ) -> Decoded:
     """Decode prompts [B, P] int64 with a forward pass over all P + gen_length positions at every step."""
+    body = Body.of(model)
 
     def forward(x: Tensor, block: slice, first: bool) -> tuple[slice, Tensor]:
         span = slice(0, x.shape[1])
-        return span, _forward_span(model, x, span, None, parts)
+        return span, _forward_span(body, x, span, None, parts)
 
-    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict)
+    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict, body.shift)
 
 
 @torch.inference_mode()
 def dual_cache(
-    model: LLaDAModel,
+    model: Model,
     prompts: Tensor,
     mask_id: int,
     pace: Pace,
@@ -133,44 +184,46 @@ def dual_cache(
     parts: Parts = EAGER,
 ) -> Decoded:
     """As `dense`, but a block's steps after its first compute the block alone, against cached K/V of all else."""
-    c = model.config
+    body = Body.of(model)
     batch, length = prompts.shape[0], prompts.shape[1] + pace.gen_length
-    weight = next(model.parameters())
-    kv = weight.new_empty(c.n_layers, 2, batch, c.n_kv_heads, length, c.d_model // c.n_heads)
+    kv = body.head.new_empty(len(body.layers), 2, batch, body.kv_heads, length, body.head_dim)
 
     def forward(x: Tensor, block: slice, first: bool) -> tuple[slice, Tensor]:
-        span = slice(0, length) if first else block
-        return span, _forward_span(model, x[:, span], span, kv, parts)
+        span = slice(0, length) if first else slice(block.start - body.shift, block.stop)
+        return span, _forward_span(body, x[:, span], span, kv, parts)
 
-    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict)
+    return _decode(forward, prompts, mask_id, pace, softmax_dtype, parts.predict, body.shift)
 
 
-def _forward_span(model: LLaDAModel, ids: Tensor, span: slice, kv: Tensor | None, parts: Parts) -> Tensor:
+def _forward_span(body: Body, ids: Tensor, span: slice, kv: Tensor | None, parts: Parts) -> Tensor:
     """The model over ids [B, n] at the positions of `span`, attending to all of `kv`: logits [B, n, V].
 
     kv: [layers, 2, B, kv_heads, T, head_dim], keys after RoPE; the span's own are replaced in place. None: there is
     nothing else to attend to.
     """
-    c = model.config
-    layers: Any = model.model["transformer"]
     positions = torch.arange(span.start, span.stop, device=ids.device)[None]
-    cos, sin = rotary_tables(positions, c.d_model // c.n_heads, c.rope_theta)
-    x = layers["wte"](ids)
-    for index, layer in enumerate(layers["blocks"]):
+    cos, sin = rotary_tables(positions, body.head_dim, body.theta)
+    x = body.embed(ids)
+    for index, layer in enumerate(body.layers):
         q, keys, values = parts.project(layer, x, cos, sin)
         if kv is not None:
             kv[index, 0, :, :, span], kv[index, 1, :, :, span] = keys, values
             keys, values = kv[index]
         x = parts.finish(layer, x, q, keys, values)
-    x = layers["ln_f"](x)
-    logits: Tensor = F.linear(x, layers["wte"].weight) if c.weight_tying else layers["ff_out"](x)
-    return logits * (1 / math.sqrt(c.d_model)) if c.scale_logits else logits
+    logits = F.linear(body.norm(x), body.head, body.bias)
+    return logits * body.scale if body.scale != 1 else logits
 
 
 def _decode(
-    forward: Forward, prompts: Tensor, mask_id: int, pace: Pace, softmax_dtype: torch.dtype, predict: Predict
+    forward: Forward,
+    prompts: Tensor,
+    mask_id: int,
+    pace: Pace,
+    softmax_dtype: torch.dtype,
+    predict: Predict,
+    shift: int,
 ) -> Decoded:
-    """The loop over blocks and steps that both decoders share."""
+    """The loop over blocks and steps that both decoders share. Prompts are of one token at least."""
     start, end = prompts.shape[1], prompts.shape[1] + pace.gen_length
     x = F.pad(prompts, (0, pace.gen_length), value=mask_id)
     masked = torch.ones_like(x, dtype=torch.bool)  # by position, so a committed mask_id stays; read inside blocks
@@ -182,7 +235,7 @@ def _decode(
             span, logits = forward(x, block, step == 0)
             choice, confidence = predict(logits, softmax_dtype)
             del logits  # not kept while the next pass computes its own
-            inside = slice(block.start - span.start, block.stop - span.start)
+            inside = slice(block.start - shift - span.start, block.stop - shift - span.start)
             least = pace.least(block.stop - block.start, step)
             _commit(x[:, block], masked[:, block], choice[:, inside], confidence[:, inside], least, pace.threshold)
             passes, step = passes + 1, step + 1

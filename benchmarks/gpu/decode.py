@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 import dllmc
 from benchmarks import baselines
@@ -24,7 +23,6 @@ from benchmarks.gpu import device as devices
 from benchmarks.gpu import models
 from benchmarks.gpu.record import Record, Section, print_rows, reason
 from benchmarks.gpu.setting import POLICIES, WARM_UPS, Point, Setting
-from dllmc.models.llada import LLaDAModel
 from dllmc.runtime.engine import Engine
 
 Tokens = list[list[int]]
@@ -59,7 +57,7 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def baseline(model: LLaDAModel, name: str, parts: baselines.Parts, s: Setting) -> Decode:
+def baseline(model: baselines.Model, name: str, parts: baselines.Parts, s: Setting) -> Decode:
     """A decoder in plain torch: a batch, whose requests are done together."""
 
     def decode(prompts: Tokens, new: int) -> tuple[Tokens, int, list[float], list[float]]:
@@ -176,11 +174,10 @@ def run(section: Section, s: Setting, folder: Path, with_compiled: bool = True) 
         section.attempt(facts, partial(measure, decode, name, point, s, section, found, cap_s, warm_ups), needed)
         devices.release(device)
 
-    module: nn.Module | None = models.module_of(s.model, s.layers, tensors)
-    if isinstance(module, LLaDAModel):
-        for point in s.grid:
-            for name in BASELINES:
-                attempt(baseline(module, name, baselines.EAGER, s), f"eager {name}", point)
+    module: baselines.Model | None = models.module_of(s.model, s.layers, tensors)
+    for point in s.grid:
+        for name in BASELINES:
+            attempt(baseline(module, name, baselines.EAGER, s), f"eager {name}", point)
     module = None
     devices.release(device)
 
@@ -212,11 +209,10 @@ def run(section: Section, s: Setting, folder: Path, with_compiled: bool = True) 
     if not with_compiled:
         return
     module = models.module_of(s.model, s.layers, models.random_tensors(s.model, s.layers, s.dtype, device))
-    if isinstance(module, LLaDAModel):
-        for point in s.grid:
-            for name in BASELINES:
-                torch.compiler.reset()  # each shape has kernels of its own
-                attempt(baseline(module, name, baselines.compiled(), s), f"compiled {name}", point, COMPILE_CAP_S)
+    for point in s.grid:
+        for name in BASELINES:
+            torch.compiler.reset()  # each shape has kernels of its own
+            attempt(baseline(module, name, baselines.compiled(), s), f"compiled {name}", point, COMPILE_CAP_S)
 
 
 def show(content: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import dllmc
+from benchmarks import baselines
 from benchmarks.compile_time import LLADA_8B
 from benchmarks.context_planned import DREAM_7B
 from dllmc import artifact, compiler
@@ -50,7 +51,7 @@ class Model:
     heads: int
     kv_heads: int
     mlp: int
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], baselines.Model]
     spec: dllmc.ModelSpec
 
     @property
@@ -63,7 +64,7 @@ class Model:
 
 
 def _llada(name: str, config: Mapping[str, Any], mask_id: int) -> Model:
-    def build(layers: int) -> nn.Module:
+    def build(layers: int) -> baselines.Model:
         return LLaDAModel(LLaDAConfig.from_dict({**config, "n_layers": layers}))
 
     width, heads, vocab = config["d_model"], config["n_heads"], config["embedding_size"]
@@ -74,7 +75,7 @@ def _llada(name: str, config: Mapping[str, Any], mask_id: int) -> Model:
 def _dream() -> Model:
     c = DREAM_7B
 
-    def build(layers: int) -> nn.Module:
+    def build(layers: int) -> baselines.Model:
         return DreamModel(DreamConfig.from_dict({**c, "num_hidden_layers": layers}))
 
     spec = dllmc.ModelSpec(c["vocab_size"], 151666, (), shifted=True, max_positions=4096)
@@ -165,7 +166,7 @@ def random_tensors(model: Model, layers: int, dtype: torch.dtype, device: torch.
     return tensors
 
 
-def module_of(model: Model, layers: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+def module_of(model: Model, layers: int, tensors: Mapping[str, Tensor]) -> baselines.Model:
     """The module over these parameters."""
     with torch.device("meta"):
         module = model.build(layers)

@@ -16,7 +16,7 @@ from benchmarks.baselines import Pace
 from tests.golden.cases import Case, all_cases, load_model
 
 ROOT = Path(__file__).parents[2]
-FOLDER = "llada-mha"
+FOLDERS = ("llada-mha", "dream-gqa")
 DUAL_CACHE = {"delay": 0, "retention": 1.0, "selection": "per_head", "pool": 3}
 
 
@@ -24,7 +24,7 @@ def fits(case: Case) -> bool:
     """Whether the baselines can decode a case: greedy, low confidence, a uniform schedule, dense or dual cache."""
     kwargs = {"remasking": "low_confidence", **case.kwargs}
     plain = kwargs["remasking"] == "low_confidence" and not kwargs.keys() & {"schedule", "cfg_scale", "stop_token_ids"}
-    return case.folder == FOLDER and plain and case.cache in (None, DUAL_CACHE)
+    return plain and case.cache in (None, DUAL_CACHE)
 
 
 CASES = [case for case in all_cases() if fits(case)]
@@ -32,18 +32,19 @@ CASES = [case for case in all_cases() if fits(case)]
 
 def decode(case: Case, prompts: list[list[int]]) -> baselines.Decoded:
     """Prompts of one length through the baseline that a case is for, at its pace."""
-    model, spec = load_model(FOLDER)
+    model, spec = load_model(case.folder)
     pace = Pace(**{f.name: case.kwargs[f.name] for f in fields(Pace) if f.name in case.kwargs})
     decoder = baselines.dense if case.dense else baselines.dual_cache
     return decoder(model, torch.tensor(prompts), spec.mask_id, pace)
 
 
 def test_every_published_case_is_covered() -> None:
-    """The cases below include all of LLaDA's own decoder, and of Fast-dLLM's with and without a threshold."""
+    """All of LLaDA's own decoder, and of Fast-dLLM's with and without a threshold; and Dream's of either kind."""
     published = {"dense", "dense_threshold", "dual_cache", "dual_cache_threshold"}
-    expected = [case.id for case in all_cases() if case.folder == FOLDER and case.name in published]
+    expected = [case.id for case in all_cases() if case.folder == FOLDERS[0] and case.name in published]
     assert {*expected} <= {case.id for case in CASES}
     assert len(expected) == 16
+    assert {case.dense for case in CASES if case.folder == FOLDERS[1]} == {True, False}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 
 import dllmc
+from tests.runtime import streams
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu))
 SMALL = {"max_tokens_per_step": 300, "max_requests": 7, "max_logit_rows": 70}
 
 
 def engine_on(device: str, source: Any, out: Path, **options: Any) -> dllmc.Engine:
-    """Compile for cuda and load on a device; on a CPU steps are padded as they are on a GPU."""
+    """Compile for cuda and load on a device; on a CPU steps run as they do on a GPU: padded, recorded, and ahead."""
     spec = options.pop("spec", None)
     compiled = dllmc.compile(source, out, dllmc.CompileOptions(**options, device="cuda"), spec)
-    return dllmc.Engine(compiled, device=device, buckets=True)
+    if device == "cpu":
+        return streams.engine_on(streams.Late(), compiled)
+    return dllmc.Engine(compiled, device=device)
 
 
 def requests(count: int = 24) -> tuple[list[list[int]], list[dllmc.SamplingParams], list[dllmc.CachePolicy]]:
