@@ -38,7 +38,7 @@ def pair(loaded: Callable[[str], dllmc.Artifact], request: pytest.FixtureRequest
     return dllmc.Engine(artifact, device="cpu"), engine_on(stream, artifact), stream
 
 
-@pytest.mark.parametrize("pair", ["llada-mha", "dream-gqa"], indirect=True)
+@pytest.mark.parametrize("pair", [pytest.param("llada-mha", marks=pytest.mark.slow), "dream-gqa"], indirect=True)
 def test_tokens_and_passes_are_the_same(pair: Pair) -> None:
     """Of requests of every kind, in line and together; two steps are under way at most, and many are launched ahead."""
     host, gpu, stream = pair
