@@ -413,15 +413,20 @@ class Engine:
         return launch(step, self._executors.get(step.phase) or self._executors[self._program.name])
 
     def _ahead_of(self, step: Batch) -> Batch | None:
-        """The step behind one that runs on a GPU; None where it is open: a block ends, or someone came or went."""
+        """The step behind one that runs on a GPU; None where it is open: a block ends, or someone came or went.
+
+        If composing or launching it fails, that is left to be found when it is due.
+        """
         if not self._goes_ahead or not self._table.left[step.rows].all():
             return None
         with self.lock:
             rows = self._roster.ahead()
-        return self._compose(rows) if rows.size else None
+        with suppress(Exception):
+            return self._compose(rows) if rows.size else None
+        return None
 
     def _launch_ahead(self, step: Batch | None) -> Running | None:
-        """Begin a step behind one that runs. If it fails, that is left to be found when it is due."""
+        """Begin a step behind one that runs."""
         if step is None:
             return None
         try:

@@ -1,13 +1,8 @@
-"""A step whose rows the GPU picks and whose choices it commits: `dllmc.ops.kernels.commit` around a program's calls.
-
-The host keeps the table (`dllmc.runtime.table`); of it the GPU knows each request's tokens, from when it has a place.
-"""
+"""A step whose rows the GPU picks and whose choices it commits: `dllmc.ops.kernels.commit` around a program's calls."""
 
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from dllmc.ir.interface import INPUTS
@@ -15,7 +10,6 @@ from dllmc.ir.program import Program, Sizes
 from dllmc.ops.kernels import commit as kernels
 from dllmc.runtime.arena import Memory
 from dllmc.runtime.binding import Binding
-from dllmc.runtime.table import IntArray, Table
 
 
 class DecodingBinding(Binding):
@@ -51,25 +45,6 @@ class DecodingBinding(Binding):
         self._pick()
         super().run_first()
         self._commit()
-
-
-def unknown(table: Table, rows: IntArray) -> dict[int, npt.NDArray[np.int32]]:
-    """What a GPU must be told of rows before their step, once: a part of `sequences` [2, length] by row."""
-    found = {}
-    for row in rows[table.fresh[rows]].tolist():
-        length = int(table.length[row])
-        tokens = np.where(table.masked[row, :length], -1, table.token_ids[row, :length])
-        found[row] = np.stack((tokens, table.reference[row, :length])).astype(np.int32)
-    table.fresh[rows] = False
-    return found
-
-
-def tell(memory: Memory, parts: dict[int, npt.NDArray[np.int32]]) -> None:
-    """Move what is `unknown` to the GPU, which waits for the steps before."""
-    sequences = memory.placed("sequences")
-    for row, part in parts.items():
-        for side, values in enumerate(torch.from_numpy(part)):
-            sequences[row, side, : len(values)].copy_(values)
 
 
 def _unread(name: str, sizes: Sizes, device: torch.device) -> torch.Tensor:

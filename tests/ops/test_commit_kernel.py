@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import dllmc
 from dllmc.ir import interface
 from dllmc.ops.kernels import commit as kernels
-from dllmc.runtime import on_device
 from dllmc.runtime.batch import Batch, compose
 from dllmc.runtime.buckets import Buckets
+from dllmc.runtime.launch import unknown
 from dllmc.runtime.request import RequestState
 from dllmc.runtime.table import Table
 from dllmc.spec import ModelSpec
@@ -69,7 +69,7 @@ def picked(step: Batch, device: str) -> Device:
     table, sizes = step.table, step.sizes
     table.fresh[:] = True
     sequences = torch.full((8, 2, 400), 77, dtype=torch.int32)
-    for row, part in on_device.unknown(table, step.rows).items():
+    for row, part in unknown(table, step.rows).items():
         sequences[row, :, : part.shape[1]] = torch.from_numpy(part)
     inputs = {"token_ids": torch.from_numpy(step.given["token_ids"].copy())}
     inputs["token_ids"][inputs["token_ids"] == SPEC.mask_id] = 98

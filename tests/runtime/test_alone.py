@@ -28,6 +28,7 @@ with load(sys.argv[1]) as engine:
     for policy in (None, CachePolicy()):
         [result] = engine.generate([[5, 6, 7, 8]], SamplingParams(gen_length=8, block_length=4), policy)
         print(result.token_ids, result.text)
+assert "triton" not in sys.modules
 """
 
 
