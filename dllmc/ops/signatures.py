@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dllmc.errors import ProgramError
-from dllmc.ir.program import CHUNK, START, Affine, DType, ForRows, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import CHUNK, START, Affine, DType, Instruction, Operand, Program, Sizes, View
+from dllmc.ir.program import Tensor as PlannedTensor
 from dllmc.ops import elementwise, shapes
 from dllmc.ops.registry import POINTWISE, operator
 
@@ -34,7 +34,10 @@ def check(program: Program) -> None:
         where = f"instruction {index} ({instruction.op})"
         try:
             made = _results(program, instruction)
-            needed = _workspace_bytes(program, instruction, loop)
+            sizes = program.maxima
+            if loop is not None:
+                sizes = {**sizes, START: 0, CHUNK: min(sizes[CHUNK], loop.extent.at(sizes))}
+            needed = workspace_bytes(instruction, program.tensor, sizes, program.device)
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]  # torch appends its own stack to some
             raise ProgramError(f"{where}: its operands do not fit the operator: {reason:.300}") from error
@@ -48,6 +51,16 @@ def check(program: Program) -> None:
 def operands(instruction: Instruction) -> Iterator[tuple[str, Operand]]:
     """A call's operands with the names that the operator's schema has for them."""
     yield from zip((name for name, _, _ in _parameters(instruction.op)), instruction.inputs, strict=False)
+
+
+def workspace_bytes(instruction: Instruction, tensor: Callable[[str], PlannedTensor], sizes: Sizes, device: str) -> int:
+    """Bytes of workspace that a call needs in a step of given sizes, on a device of that kind. tensor: by its name."""
+    operands = []
+    for view in (operand for operand in instruction.inputs if isinstance(operand, View)):
+        shape, strides = ([dim.at(sizes) for dim in dims] for dims in (view.shape, view.strides))
+        dtype = getattr(torch, tensor(view.base).dtype)
+        operands.append(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+    return operator(instruction.op).workspace_bytes(operands, device)
 
 
 def _results(program: Program, instruction: Instruction) -> list[shapes.Shape]:
@@ -97,15 +110,6 @@ def _is(value: Any, kind: str) -> bool:
     return _KINDS[kind](value)
 
 
-def _workspace_bytes(program: Program, instruction: Instruction, loop: ForRows | None) -> int:
-    """What a call needs in the largest step."""
-    sizes = program.maxima
-    if loop is not None:
-        sizes = {**sizes, START: 0, CHUNK: min(sizes[CHUNK], loop.extent.at(sizes))}
-    tensors = [_without_memory(program, sizes, operand) for operand in instruction.inputs if isinstance(operand, View)]
-    return operator(instruction.op).workspace_bytes(tensors, program.device)
-
-
 def _check_workspace(program: Program, instruction: Instruction, needed: int, where: str) -> None:
     planned, dtype = 0, "uint8"
     if instruction.workspace is not None:
@@ -129,9 +133,3 @@ def _seen(program: Program, operand: Operand) -> Any:
     if isinstance(operand, tuple):
         return [_seen(program, item) for item in operand]
     return operand
-
-
-def _without_memory(program: Program, sizes: Sizes, view: View) -> Tensor:
-    """A view in a step of given sizes, on the meta device."""
-    shape, strides = ([dim.at(sizes) for dim in dims] for dims in (view.shape, view.strides))
-    return torch.empty_strided(shape, strides, dtype=getattr(torch, program.tensor(view.base).dtype), device="meta")

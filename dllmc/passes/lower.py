@@ -31,8 +31,8 @@ from dllmc.ir.provenance import describe, source_line
 from dllmc.ir.step_graph import Loop, StepGraph, loop_of
 from dllmc.ops.facts import WHOLE_OPERANDS
 from dllmc.ops.registry import OPERATORS
+from dllmc.ops.signatures import workspace_bytes
 from dllmc.passes.base import Pass, PassResult
-from dllmc.passes.sizing import workspace_bytes
 
 aten = torch.ops.aten
 
@@ -153,7 +153,7 @@ class _Lowering:
     def _emit(self, op: str, inputs: tuple[Operand, ...], outputs: tuple[View, ...], node: fx.Node) -> None:
         call = Instruction(op, inputs, outputs, source=source_line(node))
         tensors = self.buffers | self.weights | self.inputs | self.caches
-        if needed := workspace_bytes(call, tensors, self.step.maxima, self.device):
+        if needed := workspace_bytes(call, tensors.__getitem__, self.step.maxima, self.device):
             call = replace(call, workspace=f"%{node.name}.workspace")
             self.buffers[f"%{node.name}.workspace"] = Tensor("uint8", (Affine(needed),))
         self.instructions.append((self.loop, call))

@@ -3,26 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
-from dllmc.ir.program import ALIGNMENT_BYTES, CHUNK, PAGES, Affine, Instruction, Program, Sizes, Tensor, View, aligned
+from dllmc.ir.program import ALIGNMENT_BYTES, CHUNK, PAGES, Affine, Program, Tensor, aligned
 from dllmc.memory import planner
 from dllmc.memory.liveness import lifetimes
-from dllmc.ops.registry import OPERATORS
-
-
-def workspace_bytes(instruction: Instruction, tensors: Mapping[str, Tensor], maxima: Sizes, device: str) -> int:
-    """Bytes of workspace that a call needs in the largest step, on a device of that kind."""
-    views = [operand for operand in instruction.inputs if isinstance(operand, View)]
-    largest = [
-        torch.empty(
-            [dim.at(maxima) for dim in view.shape],
-            dtype=getattr(torch, tensors[view.base].dtype),
-            device="meta",
-        )
-        for view in views
-    ]
-    return OPERATORS[instruction.op].workspace_bytes(largest, device)
+from dllmc.ops.signatures import workspace_bytes
 
 
 def with_rows(maxima: Mapping[str, int], rows: int) -> dict[str, int]:
@@ -52,8 +36,7 @@ def resized(program: Program, maxima: Mapping[str, int]) -> Program:
     buffers = dict(program.buffers)
     for instruction, _ in program.calls():
         if instruction.workspace is not None:
-            tensors = program.buffers | program.weights | program.inputs | program.caches
-            needed = workspace_bytes(instruction, tensors, maxima, program.device)
+            needed = workspace_bytes(instruction, program.tensor, maxima, program.device)
             buffers[instruction.workspace] = Tensor("uint8", (Affine(needed),))
     return replace(program, maxima=dict(maxima), buffers=buffers, arena_bytes=None, lower_bound_bytes=None)
 
