@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 import dllmc
+from tests.ops.calls import interpreted
 from tests.runtime import streams
 
-DEVICES = (pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu))
+DEVICES = (pytest.param("cpu", marks=(pytest.mark.slow, interpreted)), pytest.param("cuda", marks=pytest.mark.gpu))
 SMALL = {"max_tokens_per_step": 300, "max_requests": 7, "max_logit_rows": 70}
 
 

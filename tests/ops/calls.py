@@ -17,10 +17,10 @@ UNTOUCHED = 77.0
 
 Launch = Callable[[Sequence[Any], Sequence[Tensor]], object]
 
-_interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 WAYS = [
     *(pytest.param(way, "cpu", id=f"{way}-cpu") for way in ("graph", "instruction")),
-    pytest.param("kernel", "cpu", id="kernel-cpu", marks=_interpreted),
+    pytest.param("kernel", "cpu", id="kernel-cpu", marks=interpreted),
     *(pytest.param(way, "cuda", id=f"{way}-cuda", marks=pytest.mark.gpu) for way in ("graph", "instruction", "kernel")),
 ]
 

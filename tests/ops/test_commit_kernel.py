@@ -18,11 +18,12 @@ from dllmc.runtime.launch import unknown
 from dllmc.runtime.request import RequestState
 from dllmc.runtime.table import Table
 from dllmc.spec import ModelSpec
+from tests.ops.calls import interpreted
 from tests.runtime.test_sampling import CONFIDENCES, Row, one_request
 
 SPEC = ModelSpec(vocab_size=100, mask_id=99, end_ids=(), max_positions=400)
 MAXIMA = {"tokens": 3000, "rows": 1000, "guided": 1000, "segments": 16, "active": 1000}
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+DEVICES = (pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @st.composite

@@ -12,7 +12,10 @@ from dllmc.errors import CancelledError, StepError
 from dllmc.runtime.graphs import GraphExecutor
 from tests.golden.cases import ROOT
 from tests.gpu.engines import SMALL, requests
+from tests.ops.calls import interpreted
 from tests.runtime.streams import Late, engine_on
+
+pytestmark = interpreted
 
 Pair = tuple[dllmc.Engine, dllmc.Engine, Late]
 

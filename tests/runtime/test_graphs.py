@@ -19,6 +19,7 @@ from dllmc.runtime.arena import Memory, require_weights
 from dllmc.runtime.binding import Binding
 from dllmc.runtime.graphs import GraphExecutor
 from tests.golden.cases import ROOT
+from tests.ops.calls import interpreted
 from tests.programs import MAXIMA, TOKENS, planned, shape, tensor, whole
 from tests.runtime.streams import Late, Recorder, engine_on
 from tests.runtime.test_executor import GROUPS, SHAPES, eager, hand_written, in_chunks, step_of, weights
@@ -175,6 +176,7 @@ def test_a_binding_checks_that_nothing_moved(weights: dict[str, torch.Tensor]) -
         binding.run_first()
 
 
+@interpreted
 @pytest.mark.parametrize("folder", ["llada-mha", pytest.param("dream-gqa", marks=pytest.mark.slow)])
 def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any) -> None:
     """All programs over one memory: upload, record, replay and read back in any order, and after warming up."""
