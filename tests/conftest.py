@@ -24,6 +24,9 @@ if not torch.cuda.is_available():
 import dllmc
 from tests.golden.cases import FOLDERS, ROOT
 
+SUMMARY = Path(__file__).with_name("summary.json")
+"""Of the last `make test-all`."""
+
 
 def pytest_configure() -> None:
     """Under nohup SIGINT is ignored, and so it would be in the commands that tests interrupt."""
@@ -62,7 +65,9 @@ def compiled(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a CUDA device are skipped where there is none."""
+    """The longest suites come first, so that workers end together. What needs a CUDA device is skipped without one."""
+    seconds = json.loads(SUMMARY.read_text())["seconds"]
+    items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -45,10 +46,11 @@ def test_digits_are_tokens_of_their_own() -> None:
     assert len(tokenizer.encode("409617")) == 6
 
 
-def test_infills_through_its_artifact(tiny_llada_code: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(16, marks=pytest.mark.slow)])
+def test_infills_through_its_artifact(count: int, tiny_llada_code: Path) -> None:
     """A sample of gaps of 32 tokens: fewer nats a token than the n-gram model needs, which knows all tokens before."""
-    report = evaluate(dllmc.load(tiny_llada_code), "code", count=8, seed=11)
-    assert report.forward_passes == 8 * 32
+    report = evaluate(dllmc.load(tiny_llada_code), "code", count=count, seed=11)
+    assert report.forward_passes == count * 32
     assert report.accuracy > 0
     assert report.nll is not None
     assert report.nll <= N_GRAM

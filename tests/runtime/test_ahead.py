@@ -93,11 +93,11 @@ def test_snapshots_are_of_steps_that_are_over(pair: Pair) -> None:
 def test_requests_come_and_go(pair: Pair) -> None:
     """Some are cancelled while a step of theirs is under way, others take places; the rest decode the same."""
     host, gpu, _ = pair
-    given = list(zip(*requests(), strict=True))
-    expected = [result.token_ids for result in host.generate(*map(list, requests()))]
+    given = list(zip(*requests(16), strict=True))
+    expected = [result.token_ids for result in host.generate(*map(list, requests(16)))]
     submitted = []
     for index, one in enumerate(given):
-        submitted.append(gpu.submit(*one, priority=index // 8))
+        submitted.append(gpu.submit(*one, priority=index // 5))
         gpu.step()
         if index % 5 == 4:
             submitted[index - 2].cancel()
@@ -108,7 +108,7 @@ def test_requests_come_and_go(pair: Pair) -> None:
         else:
             assert request.result().token_ids == expected[index]
     stats = gpu.stats()
-    assert stats.cancelled > 2
+    assert stats.cancelled > 1
     assert stats.preemptions > 0
     assert (stats.waiting, stats.running, stats.pages_in_use) == (0, 0, 0)
 
