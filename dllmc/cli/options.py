@@ -166,8 +166,8 @@ def sampling_options(command: F) -> F:
             callback=lambda context, parameter, texts: tuple(text.replace("\\n", "\n") for text in texts),
             help=r"A text that ends a completion, which is cut before it; \n for a newline. Repeatable.",
         ),
-        _tokens_option("suppress_tokens", "Token ids that are never chosen."),
-        _tokens_option("defer_tokens", "Token ids that are committed last."),
+        _tokens_option("suppress_tokens", "Token ids that are never chosen, at most 64."),
+        _tokens_option("defer_tokens", "Token ids that are committed last, at most 64."),
     )
     for decorate in reversed(options):
         command = decorate(command)

@@ -42,7 +42,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bidirectional attention: q [B, q_heads, T, head_dim], k and v [B, kv_heads, T, head_dim] -> [B, T, q_width]."""
-    # Keys and values are not repeated: torch 2.11 exports that for no symbolic length.
+    # Keys and values are not repeated: torch before 2.13 exports that for no symbolic length.
     y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
 

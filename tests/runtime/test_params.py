@@ -90,9 +90,10 @@ def test_an_entropy_threshold_is_a_finite_number_of_at_most_zero(threshold: floa
         SamplingParams(threshold=threshold, remasking="entropy")
 
 
-def test_at_most_64_suppressed_tokens() -> None:
-    with pytest.raises(RequestError, match=r"suppress_tokens is .* expected at most 64 ids, not 65"):
-        SamplingParams(suppress_tokens=list(range(65)))
+@pytest.mark.parametrize("name", ["suppress_tokens", "defer_tokens"])
+def test_at_most_64_tokens_are_named(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"{name} is .* expected at most 64 ids, not 65"):
+        SamplingParams(**{name: list(range(65))})  # type: ignore[arg-type]
 
 
 def test_steps_and_threshold_contradict_each_other() -> None:
