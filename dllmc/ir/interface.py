@@ -98,6 +98,9 @@ def _problems(program: Program, spec: ModelSpec) -> Iterator[str]:
     found = {name: (program.tensor(view.base).dtype, view.shape) for name, view in program.outputs.items()}
     if found != (wanted_outputs := {name: (dtype, _dims("rows")) for name, dtype in OUTPUTS.items()}):
         yield f"outputs: expected {_listed(wanted_outputs)}, found {_listed(found)}"
+    for name, view in program.outputs.items():
+        if view.strides != dense_strides(view.shape):
+            yield f"output {name!r}: expected it dense, found strides {_text('', view.strides)}"
     for name, cache in program.caches.items():
         shape = cache.shape
         fixed = len(shape) == 5 and not any(dim.terms for axis, dim in enumerate(shape) if axis != 2)

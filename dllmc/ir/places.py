@@ -8,6 +8,7 @@ a next one can be composed, and even begun, before the host knows what this one 
     committed  int32 [2, rows]: of each row its token if it is committed, else -1; and the bits of its float32 logprob
     sequences  int32 [segments, 2, tokens]: of each row of `dllmc.runtime.table.Table`, a request's, its token ids, -1
                where nothing is committed yet; and those of its reference, -1 where it has none
+    unread     int64: room for an input that a program does without
 
 All lie in the state of an engine, before the inputs of its programs.
 """
@@ -40,5 +41,6 @@ def shapes(maxima: Mapping[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         "sequences": ("int32", (segments, 2, maxima["tokens"])),
         "committed": ("int32", (2, maxima["rows"])),
         "counts": ("int32", (segments,)),
+        "unread": ("int64", (2 * segments + maxima["rows"] + maxima["guided"],)),
         "places": ("int64", (segments, WIDTH)),
     }

@@ -41,6 +41,10 @@ class Memory:
         self._caches = _offsets(largest.caches, largest.maxima)
         self._inputs = {program.name: _offsets(program.inputs, program.maxima, inputs_from) for program in programs}
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it on the device."""
+        return [*self.weights.values(), self.arena.bytes, self.state.bytes, self.pool.bytes]
+
     def set_apart(self, pinned: bool) -> None:
         """Give the host blocks of its own to write into. `pinned`: page-locked."""
         self._given_from = self._placed["places"][1] if self._placed else 0

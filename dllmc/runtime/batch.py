@@ -7,8 +7,9 @@ What a step's rows are depends on what the step before committed, the rest does 
 that one runs, and the GPU picks the rows (`Batch.places`); on a CPU the host does (`Batch.picked`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -41,12 +42,13 @@ class Batch:
     """A step, in which some is padding, of `rows` of the table, of which those in `committing` commit something.
 
     phase: which program has all that the step needs. given: inputs of the program, but for those that `picked` adds.
-    counts: [committing], how many each commits, at least. refreshed: those of `rows` that a Refresh gives a cache.
+    counts: [committing], how many each commits, at least; left: how many are masked. refreshed: those of `rows` that a
+    Refresh gives a cache.
     first, second: [rows], the segments of each, second 0 without guidance. origins: [segments], which packed token
     each segment's first position is, or would be.
 
-    In order: `sizes`, and `inputs` or `places`, as the step begins; `advance`; and at its end `choose` or `chosen`, and
-    `commit`. Where nothing is done meanwhile, `finish` is all of its end.
+    As the step begins it has `sizes`, and `inputs` or `places`; at its end come `choose` or `chosen`, and `commit`, all
+    of which `finish` does. Within `foreseen` the next one can be composed before that.
     """
 
     table: Table
@@ -55,6 +57,7 @@ class Batch:
     phase: str
     given: Mapping[str, Array]
     counts: IntArray
+    left: IntArray
     refreshed: IntArray
     second: IntArray
     origins: IntArray
@@ -66,8 +69,7 @@ class Batch:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The step's sizes, as the program takes them."""
-        left = self.table.left[self.committing]
-        rows, guided = int(left.sum()), int(left[self.second[self._index] > 0].sum())
+        rows, guided = int(self.left.sum()), int(self.left[self.second[self._index] > 0].sum())
         sizes = {"tokens": self._others["tokens"], "rows": rows, "guided": guided, **self._others}
         if self._buckets is not None:
             return self._buckets.padded(sizes)
@@ -138,9 +140,19 @@ class Batch:
         own[:, places.DEFERRED :] = table.deferred[rows]
         return found
 
-    def advance(self) -> None:
-        """Take the step for done in the schedule of its requests, as far as is certain before its end."""
-        self.table.advance(self.rows, self.committing, self._certain)
+    @contextmanager
+    def foreseen(self) -> Iterator[None]:
+        """Within, the schedule of the step's requests is as behind it, as far as that is certain before its end."""
+        before = self.table.schedule(self.rows)
+        try:
+            self.table.advance(self.rows, self.committing, self._certain)
+            yield
+        finally:
+            self.table.restore(self.rows, before)
+
+    def renewed(self) -> "Batch":
+        """The step, composed before it was certain what the one ahead of it commits, now that this is known."""
+        return replace(self, left=self.table.left[self.committing])
 
     def choose(self, token: IntArray, confidence: FloatArray, logprob: FloatArray) -> Commits:
         """What is committed of a prediction; each [rows or more], as `dllmc::decode_head` returns them."""
@@ -159,13 +171,13 @@ class Batch:
         return Commits(segment[chosen], position[chosen], token[chosen].astype(np.int64), logprob[chosen])
 
     def commit(self, commits: Commits) -> IntArray:
-        """Write what is committed; the rows of the table whose block is full now."""
+        """End the step; the rows of the table whose block is full now."""
         self.table.at_refresh[self.refreshed] = self.table.token_ids[self.refreshed]
-        return self.table.write(self.committing, *commits, self._certain)
+        self.table.advance(self.rows, self.committing, np.bincount(commits.segment, minlength=self.committing.size))
+        return self.table.write(self.committing, *commits)
 
     def finish(self, token: IntArray, confidence: FloatArray, logprob: FloatArray) -> IntArray:
         """End the step with a prediction; the rows of the table whose block is full now."""
-        self.advance()
         return self.commit(self.choose(token, confidence, logprob))
 
     @property
@@ -232,6 +244,7 @@ def compose(
         phase=_program_for(phases),
         given=given,
         counts=table.commit_counts(rows[committing]),
+        left=table.left[rows[committing]],
         refreshed=rows[committing][phases[committing] == REFRESH],
         second=second,
         origins=origins,

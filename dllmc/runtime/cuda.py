@@ -1,6 +1,6 @@
 """The stream of a GPU on which an engine's steps run, one after the other, and the graphs that are recorded there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,9 +11,12 @@ class Stream:
     Its graphs share one pool for what their calls allocate: they run in turn, and nothing there outlives a step.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+        """tensors: what its calls use, on that device; what is freed of it is given to no one else before they end."""
         torch.cuda.synchronize(device)  # weights and blocks were made on other streams
         self._stream = torch.cuda.Stream(device)
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
 

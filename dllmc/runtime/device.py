@@ -1,6 +1,7 @@
 """Where an engine runs: which device is meant, whether this machine has it, and how much memory is left there."""
 
 import os
+from contextlib import suppress
 
 import torch
 
@@ -14,10 +15,10 @@ def resolve(wanted: str | None, planned: str, where: str) -> torch.device:
 
     wanted: "cpu", on which any artifact runs, "cuda" or "cuda:1". Raises `DeviceError`: nothing is chosen silently.
     """
-    try:
-        device = torch.device(planned if wanted is None else wanted)
-    except (RuntimeError, TypeError):
-        device = None
+    device = None
+    if wanted is None or isinstance(wanted, str):
+        with suppress(RuntimeError):
+            device = torch.device(planned if wanted is None else wanted)
     if device is None or device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device is {wanted!r}; expected 'cpu', 'cuda', 'cuda:1' and so on, or None")
     if device.type == "cpu":

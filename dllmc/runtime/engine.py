@@ -9,6 +9,7 @@ next step, all others sleep until it is over.
 import heapq
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -98,7 +99,7 @@ class Engine:
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._order = count()
         self._goes_ahead = any(isinstance(executor, GraphExecutor) for executor in self._executors.values())
-        self._running: Running | None = None  # a step that was begun behind the last one
+        self._line: deque[Running] = deque()  # steps under way: the first runs, on a GPU another may be behind it
         self._last_end = 0.0
         self._driving = threading.Lock()  # held by the thread that runs a step
         self._changed = threading.Condition()  # told of each step, and of each request that comes
@@ -281,8 +282,7 @@ class Engine:
             self._cancelled.append(request)
         if self._driving.acquire(blocking=False):  # else who runs a step does it, behind the step
             try:
-                with self.lock:
-                    self._drop_cancelled()
+                self._let_go()
             finally:
                 self._driving.release()
             self._tell()
@@ -361,41 +361,45 @@ class Engine:
             self._changed.notify_all()
 
     def _run_next(self) -> None:
+        self._let_go()
         with self.lock:
-            self._drop_cancelled()
-            now = time.monotonic()
-            self._drop_late(now)
-            rows = self._roster.next(now) if self._running is None else self._running.step.rows
+            rows = self._roster.next(time.monotonic()) if not self._line else self._line[0].step.rows
         if rows.size:
             self._run(rows)
-        with self.lock:
-            self._drop_cancelled()
+        self._let_go()
 
     def _run(self, rows: IntArray, alone: bool = False) -> None:
-        """Run a step of these rows, or end theirs under way; if it fails, each alone: only those that fail are lost."""
+        """Run a step of these rows, or end the first in line, which is theirs.
+
+        If it fails to begin, each row runs alone, so that only those are lost that fail. Interrupted, it stays in line.
+        """
         start = time.perf_counter()
-        running, self._running = self._running, None
+        if not self._line:
+            try:
+                self._line.append(self._launch(self._compose(rows)))
+            except Exception as error:
+                if rows.size == 1:
+                    self._fail(rows, error)
+                else:
+                    for row in rows:
+                        self._run(rows[rows == row], alone=True)
+                return
+        running = self._line[0]
+        step = running.step
+        ahead = self._ahead_of(step) if self._goes_ahead and not alone and len(self._line) == 1 else None
+        if step.certain:
+            self._launch_ahead(ahead)
         try:
-            running = running or self._launch(self._compose(rows))
-            step = running.step
-            step.advance()
-            ahead = None if alone else self._ahead_of(step)
-            if step.certain:
-                self._running = self._launch_ahead(ahead)
             commits = running.wait()
         except Exception as error:
-            self._running = None
-            self._table.fresh[rows] = True
-            if rows.size > 1 and running is None:
-                for row in rows:
-                    self._run(rows[rows == row], alone=True)
-            else:
-                self._fail(rows, error)
+            self._give_up()
+            self._fail(rows, error)
             return
         with self.lock:
             full = step.commit(commits)
-        if not step.certain and not full.size:
-            self._running = self._launch_ahead(ahead)
+            self._line.popleft()
+        if ahead is not None and not step.certain and not full.size:
+            self._launch_ahead(ahead.renewed())
         now = time.perf_counter()
         with self.lock:
             self._metrics.stepped(step.phase, now - max(start, self._last_end), commits.token.size)
@@ -410,32 +414,46 @@ class Engine:
         return batch.compose(self._table, rows, most, self.spec.mask_id, has_cache, self._buckets)
 
     def _launch(self, step: Batch) -> Running:
-        return launch(step, self._executors.get(step.phase) or self._executors[self._program.name])
+        try:
+            return launch(step, self._executors.get(step.phase) or self._executors[self._program.name])
+        except BaseException:
+            self._table.fresh[step.rows] = True  # a GPU may have got as far as to commit
+            raise
 
     def _ahead_of(self, step: Batch) -> Batch | None:
         """The step behind one that runs on a GPU; None where it is open: a block ends, or someone came or went.
 
-        If composing or launching it fails, that is left to be found when it is due.
+        Nor is there one of requests of which the GPU is to be told, since the host does not know yet what that one
+        commits. If composing it fails, that is left to be found when it is due.
         """
-        if not self._goes_ahead or not self._table.left[step.rows].all():
-            return None
-        with self.lock:
+        with self.lock, step.foreseen(), suppress(Exception):
             rows = self._roster.ahead()
-        with suppress(Exception):
-            return self._compose(rows) if rows.size else None
+            if rows.size and self._table.left[step.rows].all() and not self._table.fresh[rows].any():
+                return self._compose(rows)
         return None
 
-    def _launch_ahead(self, step: Batch | None) -> Running | None:
-        """Begin a step behind one that runs."""
-        if step is None:
-            return None
-        try:
-            running = self._launch(step)
-        except Exception:
-            self._table.fresh[step.rows] = True
-            return None
-        self._roster.ran(step.rows)
-        return running
+    def _launch_ahead(self, step: Batch | None) -> None:
+        """Begin a step behind one that runs; if it fails, that too is left."""
+        if step is not None:
+            with suppress(Exception):
+                self._line.append(self._launch(step))
+                self._roster.ran(step.rows)
+
+    def _give_up(self) -> None:
+        """Wait for what is in line, whose commits are lost."""
+        while self._line:
+            with suppress(Exception):
+                self._line.popleft().wait()
+        self._table.fresh[:] = True
+
+    def _let_go(self) -> None:
+        """Take out who was cancelled or is late, and wait for steps that are nobody's any more. None is being run."""
+        with self.lock:
+            self._drop_cancelled()
+            self._drop_late(time.monotonic())
+        while self._line and not self._roster.at(self._line[0].step.rows):
+            with suppress(Exception):  # which no request is there to be told of
+                self._line.popleft().wait()
 
     def _fail(self, rows: IntArray, error: Exception) -> None:
         """End the requests at these rows, whose step failed."""
@@ -458,16 +476,11 @@ class Engine:
         request.end(entry.state.result() if error is None else error)
 
     def _drop_cancelled(self) -> None:
-        """Take out who was cancelled, and wait for a step that is nobody's any more. No step is being run."""
         for request in self._cancelled:
             if not request.done:
                 self._metrics.cancelled += 1
                 self._end(request, CancelledError("the request was cancelled"))
         self._cancelled.clear()
-        if self._running is not None and not self._roster.at(self._running.step.rows):
-            gone, self._running = self._running, None
-            with suppress(Exception):  # which no request is there to be told of
-                gone.wait()
 
     def _drop_late(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

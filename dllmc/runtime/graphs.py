@@ -58,11 +58,15 @@ class Lanes:
         self._waits: list[Callable[[], object]] = [_nothing] * len(memory.given)
         self._turn = 0
 
+    def free(self) -> int:
+        """The lane whose turn it is, once the step that had it is over."""
+        self._waits[self._turn]()
+        return self._turn
+
     def next(self) -> int:
-        """The next lane, once the step that had it is over."""
-        lane = self._turn
+        """The same, for a step that is not waited for: the turn is another's then."""
+        lane = self.free()
         self._turn = (lane + 1) % len(self._waits)
-        self._waits[lane]()
         return lane
 
     def busy(self, lane: int, wait: Callable[[], object]) -> None:
@@ -145,7 +149,7 @@ class GraphExecutor(Executor):
             return False
         binding = self._bind(self.program, self.memory, sizes)
         self.memory.require_in_place()
-        lane = self._lanes.next()
+        lane = self._lanes.free()
         self.memory.given[lane].bytes.zero_()
 
         def step() -> None:
@@ -201,7 +205,7 @@ def executors(programs: Mapping[str, Program], memory: Memory, mask_id: int) -> 
         return {name: Executor(program, memory) for name, program in programs.items()}
     from dllmc.runtime.cuda import Stream as CudaStream
 
-    return on_stream(programs, memory, CudaStream(memory.device), mask_id)
+    return on_stream(programs, memory, CudaStream(memory.device, memory.tensors()), mask_id)
 
 
 def on_stream(programs: Mapping[str, Program], memory: Memory, stream: Stream, mask_id: int) -> dict[str, Executor]:

@@ -27,7 +27,7 @@ class Running:
 
 
 def launch(step: Batch, executor: Executor) -> Running:
-    """Begin a step, whose requests are to `advance` then. Raises what `executor` raises."""
+    """Begin a step. Raises what `executor` raises."""
     if not isinstance(executor, GraphExecutor):
         predicted = executor.run(step.sizes, step.inputs)
         return Running(step, lambda: step.choose(**predicted))
@@ -50,8 +50,11 @@ def unknown(table: Table, rows: IntArray) -> dict[int, npt.NDArray[np.int32]]:
 
 
 def tell(memory: Memory, parts: dict[int, npt.NDArray[np.int32]]) -> None:
-    """Move what is `unknown` to the GPU, which waits for the steps before."""
+    """Begin to move what is `unknown` to the GPU, behind the steps so far."""
     sequences = memory.placed("sequences")
     for row, part in parts.items():
-        for side, values in enumerate(torch.from_numpy(part)):
-            sequences[row, side, : len(values)].copy_(values)
+        given = torch.from_numpy(part)
+        if sequences.is_cuda:
+            given = given.pin_memory()
+        for side, values in enumerate(given):
+            sequences[row, side, : len(values)].copy_(values, non_blocking=True)

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
-from dllmc.ir.interface import INPUTS
 from dllmc.ir.program import Program, Sizes
 from dllmc.ops.kernels import commit as kernels
 from dllmc.runtime.arena import Memory
@@ -22,18 +19,17 @@ class DecodingBinding(Binding):
 
     def __init__(self, program: Program, memory: Memory, sizes: Sizes, mask_id: int) -> None:
         super().__init__(program, memory, sizes)
-        segments, rows = sizes["segments"], sizes["rows"]
+        segments, rows, guided = sizes["segments"], sizes["rows"], sizes["guided"]
         for lane, given in enumerate(self.inputs):
             given["places"] = memory.given_places(lane)[:segments].numpy()
         places = memory.placed("places")[:segments]
         kept = places, memory.placed("sequences"), memory.placed("counts")
-        inputs = {
-            name: memory.tensor(program, name, sizes) if name in program.inputs else _unread(name, sizes, memory.device)
-            for name in ("token_ids", *kernels.PICKED)
-        }
+        wanted = ("token_ids", *kernels.PICKED)
+        inputs = {name: memory.tensor(program, name, sizes) for name in wanted if name in program.inputs}
+        inputs = dict.fromkeys(wanted, memory.placed("unread")) | inputs
         committed = memory.placed("committed").view(-1)[: 2 * rows].view(2, rows)  # dense, to be copied at once
         outputs, self.outputs = self.outputs, {"committed": committed}
-        self._pick: Callable[[], None] = partial(kernels.select, *kept, inputs, mask_id)
+        self._pick: Callable[[], None] = partial(kernels.select, *kept, inputs, rows, guided, mask_id)
         self._commit: Callable[[], None] = partial(kernels.commit, *kept, inputs["row_position"], outputs, committed)
 
     def run(self) -> None:
@@ -45,9 +41,3 @@ class DecodingBinding(Binding):
         self._pick()
         super().run_first()
         self._commit()
-
-
-def _unread(name: str, sizes: Sizes, device: torch.device) -> torch.Tensor:
-    """A place for an input that the program does without."""
-    dtype, shape = INPUTS[name]
-    return torch.empty([dim.at(sizes) for dim in shape], dtype=getattr(torch, dtype), device=device)

@@ -199,8 +199,8 @@ class RequestState:
             logprobs = np.zeros(len(positions))
         if self.phase == "refresh":
             self.table.at_refresh[self.row] = self.table.token_ids[self.row]
-        self.table.advance(self._rows, self._rows, 0)
-        self.table.write(self._rows, np.zeros_like(positions), positions, token_ids, logprobs, 0)
+        self.table.advance(self._rows, self._rows, np.array([len(positions)]))
+        self.table.write(self._rows, np.zeros_like(positions), positions, token_ids, logprobs)
         self.leave_full_blocks()
 
     def leave_full_blocks(self) -> None:

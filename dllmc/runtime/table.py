@@ -4,7 +4,7 @@ A row is one request's; `dllmc.runtime.request.RequestState` fills it and gives 
 step happens here, for any number of rows without a loop over them; what happens once a block, there.
 """
 
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+Array = npt.NDArray[Any]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 FULL, REFRESH, REUSE = range(3)
@@ -118,35 +119,34 @@ class Table:
             counts = np.where(timestep, timestep_counts(left, step, np.maximum(steps, 1)), counts)
         return counts
 
-    def advance(self, rows: IntArray, committing: IntArray, certain: IntArray | int) -> None:
-        """Go on in the schedule by a step of the rows, of which some commit.
-
-        certain: [committing], how many tokens each commits, as far as that is known.
-        """
+    def advance(self, rows: IntArray, committing: IntArray, commits: IntArray) -> None:
+        """Go on in the schedule by a step of the rows, of which some commit; commits: [committing], tokens of each."""
         self.lost[rows] = False  # what was replayed has its cache again
         self.step[committing] += 1
         self.step_in_block[committing] += 1
-        self.left[committing] -= certain
+        self.left[committing] -= commits
+
+    def schedule(self, rows: IntArray) -> list[Array]:
+        """What `advance` changes of rows, to `restore` it."""
+        return [getattr(self, name)[rows] for name in _SCHEDULE]
+
+    def restore(self, rows: IntArray, schedule: list[Array]) -> None:
+        """Go back to what `schedule` was."""
+        for name, values in zip(_SCHEDULE, schedule, strict=True):
+            getattr(self, name)[rows] = values
 
     def write(
-        self,
-        rows: IntArray,
-        segment: IntArray,
-        position: IntArray,
-        token: IntArray,
-        logprob: npt.NDArray[np.floating],
-        certain: IntArray | int,
+        self, rows: IntArray, segment: IntArray, position: IntArray, token: IntArray, logprob: npt.NDArray[np.floating]
     ) -> IntArray:
-        """End a step of the rows: write tokens, or the reference's, at candidates of theirs; those now full.
+        """Write tokens, or the reference's, at candidates of rows; those now full, once they have advanced.
 
-        segment: [commits], which of the rows; position, token, logprob: [commits]. certain: what `advance` was told.
+        segment: [commits], which of the rows; position, token, logprob: [commits].
         """
         at = rows[segment]
         reference = self.reference[at, position]
         self.token_ids[at, position] = np.where(reference < 0, token, reference)
         self.logprobs[at, position] = logprob
         self.masked[at, position] = False
-        self.left[rows] -= np.bincount(segment, minlength=rows.size) - certain
         full: IntArray = rows[self.left[rows] == 0]
         return full
 
@@ -159,6 +159,8 @@ def timestep_counts(masked: IntArray, step: IntArray, steps: IntArray) -> IntArr
     """
     return np.where(step >= steps - 1, masked, 999 * masked // np.maximum(1000 * steps - 999 * step, 1))
 
+
+_SCHEDULE = ("lost", "step", "step_in_block", "left")
 
 _ELEMENTS: dict[object, type[np.generic]] = {
     IntArray: np.int64,

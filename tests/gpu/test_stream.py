@@ -5,7 +5,8 @@ import torch
 
 from dllmc.ir.program import Program
 from dllmc.runtime.arena import Memory
-from dllmc.runtime.graphs import GraphExecutor, executors
+from dllmc.runtime.cuda import Stream
+from dllmc.runtime.graphs import GraphExecutor
 from tests.programs import planned
 from tests.runtime.test_executor import hand_written, weights
 from tests.runtime.test_graphs import check
@@ -17,9 +18,7 @@ __all__ = ["weights"]
 
 def executor_of(program: Program, weights: dict[str, torch.Tensor]) -> GraphExecutor:
     memory = Memory([program], {name: weight.cuda() for name, weight in weights.items()}, "cuda")
-    found = executors({program.name: program}, memory)[program.name]
-    assert isinstance(found, GraphExecutor)
-    return found
+    return GraphExecutor(program, memory, Stream(memory.device, memory.tensors()))
 
 
 def test_steps_of_several_sizes_by_turns(weights: dict[str, torch.Tensor]) -> None:

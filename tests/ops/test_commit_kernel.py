@@ -84,7 +84,7 @@ def picked(step: Batch, device: str) -> Device:
         torch.full((16,), -9, dtype=torch.int32, device=device),
         inputs,
     )
-    kernels.select(*found, SPEC.mask_id)
+    kernels.select(*found, sizes["rows"], sizes["guided"], SPEC.mask_id)
     return found
 
 

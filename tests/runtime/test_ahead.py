@@ -4,6 +4,9 @@ The rows that the GPU picks and what it commits are what the host would pick and
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ from dllmc.runtime.graphs import GraphExecutor
 from tests.golden.cases import ROOT
 from tests.gpu.engines import SMALL, requests
 from tests.ops.calls import interpreted
-from tests.runtime.streams import Late, engine_on
+from tests.runtime.streams import Late, Recorder, engine_on
 
 pytestmark = interpreted
 
@@ -150,23 +153,76 @@ def test_a_launch_ahead_that_fails_fails_when_it_is_due(pair: Pair, monkeypatch:
         gpu.generate([[5, 6]], params)
 
 
-def test_a_step_that_fails_on_the_gpu_ends_its_requests(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They cannot be told apart, and what was committed is not known."""
-    _, gpu, stream = pair
+def test_a_step_that_fails_on_the_gpu_ends_its_requests(pair: Pair) -> None:
+    """They cannot be told apart, and what was committed is not known, nor what the step behind did. Others go on."""
+    host, gpu, stream = pair
     params = dllmc.SamplingParams(gen_length=6, block_length=6, ignore_eos=True)
-    requests = [gpu.submit(prompt, params) for prompt in ([5, 6], [7, 8, 9])]
+    failing = [gpu.submit([token] * 60, params) for token in (5, 6)]
+    other = gpu.submit([4] * 240, params)  # a step holds none beside it
     gpu.step()
 
     def fails() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    def run(calls: Callable[[], object]) -> Callable[[], object]:
-        return fails
-
-    monkeypatch.setattr(stream, "run", run)
-    gpu._running = None
+    assert len(gpu._line) == len(stream.line) == 1
+    gpu._line[0] = replace(gpu._line[0], wait=fails)  # type: ignore[arg-type]
     gpu.step()
-    for request in requests:
-        with pytest.raises(StepError, match="illegal memory access"):
+    assert not gpu._line
+    for request in failing:
+        with pytest.raises(StepError, match="step 1 failed: RuntimeError: an illegal memory access"):
             request.result()
     assert gpu.stats().failed == 2
+    assert other.result() == host.generate([[4] * 240], params)[0]
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_an_interrupted_step_is_not_lost(where: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ran it is interrupted, by Ctrl-C say; the requests stay, and decode what they would have."""
+    host, gpu, stream = pair
+    prompts, params, policies = requests(8)
+    expected = host.generate(prompts, params, policies)
+    submitted = [gpu.submit(*one) for one in zip(prompts, params, policies, strict=True)]
+    launch = GraphExecutor.launch
+    calls = count(1)
+
+    def interrupted() -> None:
+        if next(calls) % 5 == 0:
+            raise KeyboardInterrupt
+
+    def launched(*args: Any) -> Any:
+        wait = launch(*args)
+        if where == "launch":
+            while stream.line:  # the GPU may be as far as that
+                stream.line.pop(0)()
+            interrupted()
+            return wait
+
+        def waited() -> Any:
+            interrupted()
+            return wait()
+
+        return waited
+
+    monkeypatch.setattr(GraphExecutor, "launch", launched)
+    times = 0
+    while not all(request.done for request in submitted):
+        try:
+            gpu.step()
+        except KeyboardInterrupt:
+            times += 1
+    assert times > 3
+    assert [request.result() for request in submitted] == expected
+
+
+def test_warming_up_between_two_steps(loaded: Callable[[str], dllmc.Artifact]) -> None:
+    """Records what it wants, and leaves alone what a step under way returns."""
+    artifact = loaded("llada-mha")
+    host, gpu = dllmc.Engine(artifact, device="cpu"), engine_on(Recorder(), artifact)
+    params = dllmc.SamplingParams(gen_length=12, block_length=12, ignore_eos=True)
+    prompts = [[5, 6, 7], [8, 9]]
+    expected = host.generate(prompts, params)
+    submitted = [gpu.submit(prompt, params) for prompt in prompts]
+    for length in range(20, 26):
+        gpu.step()
+        gpu.warm_up(length, dllmc.SamplingParams(gen_length=2, block_length=2))
+    assert [request.result() for request in submitted] == expected

@@ -12,6 +12,8 @@ and one more fills up what is padding. Behind them, `commit`: each program takes
 A block of usual length is one tile; ranking a longer one compares all of its tiles with each other.
 """
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,12 +36,20 @@ _DEFERRED = tl.constexpr(columns.DEFERRED)
 _WIDTH = tl.constexpr(columns.WIDTH)
 
 
-def select(places: Tensor, sequences: Tensor, counts: Tensor, inputs: dict[str, Tensor], mask_id: int) -> None:
+def select(
+    places: Tensor,
+    sequences: Tensor,
+    counts: Tensor,
+    inputs: Mapping[str, Tensor],
+    rows: int,
+    guided: int,
+    mask_id: int,
+) -> None:
     """Write what depends on the rows of a step: of the inputs of a program those of `PICKED`, and its `token_ids`.
 
-    places: [segments, WIDTH]. Inputs as in `dllmc.ir.interface`, dense.
+    places: [segments, WIDTH]. Inputs as in `dllmc.ir.interface`, dense. rows, guided: sizes of the step.
     """
-    segments, rows, guided = len(places), len(inputs["row_segment"]), len(inputs["guided"])
+    segments = len(places)
     _count[(segments,)](places, sequences, counts, sequences.stride(0), tile=TILE)
     _select[(segments + 1,)](
         places,
@@ -62,11 +72,17 @@ PICKED = ("rows", "row_spans", "row_segment", "row_position", "row_target", "gui
 
 
 def commit(
-    places: Tensor, sequences: Tensor, counts: Tensor, positions: Tensor, outputs: dict[str, Tensor], committed: Tensor
+    places: Tensor,
+    sequences: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    outputs: Mapping[str, Tensor],
+    committed: Tensor,
 ) -> None:
     """Commit what a step predicted.
 
-    positions: [rows] int64, `row_position`. outputs: token, confidence and logprob of each row. committed: [2, rows].
+    positions: [rows] int64, `row_position`. outputs: token, confidence and logprob of each row, dense. committed:
+    [2, rows].
     """
     segments = len(places)
     _commit[(segments,)](
