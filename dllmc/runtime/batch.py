@@ -43,9 +43,8 @@ class Batch:
 
     phase: which program has all that the step needs. given: inputs of the program, but for those that `picked` adds.
     counts: [committing], how many each commits, at least; left: how many are masked. refreshed: those of `rows` that a
-    Refresh gives a cache.
-    first, second: [rows], the segments of each, second 0 without guidance. origins: [segments], which packed token
-    each segment's first position is, or would be.
+    Refresh gives a cache. second: [rows], the second segment of each, 0 without guidance. origins: [segments], which
+    packed token each segment's first position is, or would be.
 
     As the step begins it has `sizes`, and `inputs` or `places`; at its end come `choose` or `chosen`, and `commit`, all
     of which `finish` does. Within `foreseen` the next one can be composed before that.
@@ -70,7 +69,7 @@ class Batch:
     def sizes(self) -> dict[str, int]:
         """The step's sizes, as the program takes them."""
         rows, guided = int(self.left.sum()), int(self.left[self.second[self._index] > 0].sum())
-        sizes = {"tokens": self._others["tokens"], "rows": rows, "guided": guided, **self._others}
+        sizes = {**self._others, "rows": rows, "guided": guided}
         if self._buckets is not None:
             return self._buckets.padded(sizes)
         return sizes | {"rows": min(-(-max(rows, 1) // ROW_BUCKET) * ROW_BUCKET, self._max_rows)}
