@@ -55,7 +55,6 @@ def drive(roster: Roster, steps: int, limits: dict[str, int], seed: int, device:
         moments.append(time.perf_counter())
         predicted = drawn(step, random, device)
         moments.append(time.perf_counter())
-        step.advance()
         commits = step.choose(*predicted) if device == "cpu" else step.chosen(*predicted)
         for entry in roster.at(step.commit(commits)):
             entry.state.leave_full_blocks()

@@ -119,7 +119,8 @@ def test_no_device_is_chosen_silently(compiled: dict[str, Path]) -> None:
         dllmc.load(compiled["cuda"])
     with pytest.raises(DeviceError, match="no CUDA device on this machine"):
         dllmc.load(compiled["cuda"], "cuda:0")
-    assert dllmc.load(compiled["cpu"]).device == torch.device("cpu")
+    for wanted in (None, "cpu", torch.device("cpu")):
+        assert dllmc.load(compiled["cpu"], wanted).device == torch.device("cpu")
 
 
 def test_a_gpu_cannot_run_what_is_for_a_cpu(compiled: dict[str, Path]) -> None:

@@ -10,13 +10,13 @@ from dllmc.errors import DeviceError
 CPU = torch.device("cpu")
 
 
-def resolve(wanted: str | None, planned: str, where: str) -> torch.device:
+def resolve(wanted: str | torch.device | None, planned: str, where: str) -> torch.device:
     """The device to run an artifact on that was compiled for `planned`: that one, unless another is wanted.
 
     wanted: "cpu", on which any artifact runs, "cuda" or "cuda:1". Raises `DeviceError`: nothing is chosen silently.
     """
     device = None
-    if wanted is None or isinstance(wanted, str):
+    if wanted is None or isinstance(wanted, str | torch.device):
         with suppress(RuntimeError):
             device = torch.device(planned if wanted is None else wanted)
     if device is None or device.type not in ("cpu", "cuda"):

@@ -59,7 +59,7 @@ class Engine:
         loaded: Artifact,
         scheduling: str = "multiplexed",
         max_queue: int = MAX_QUEUE,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         buckets: bool | None = None,
     ) -> None:

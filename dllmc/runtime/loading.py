@@ -15,7 +15,7 @@ from dllmc.runtime.table import BYTES_OF_POSITION
 
 def load(
     path: str | Path,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     memory_budget: int | None = None,
     scheduler: str = "multiplexed",
     max_queue: int = MAX_QUEUE,
