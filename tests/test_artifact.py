@@ -86,7 +86,8 @@ def test_the_same_inputs_give_the_same_bytes(compiled: Artifact, tmp_path: Path)
     assert tree(again.path) == tree(compiled.path)
 
 
-@pytest.mark.parametrize("linked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("linked", [False, True])
 def test_the_same_inputs_give_the_same_bytes_elsewhere(linked: bool, tmp_path: Path) -> None:
     """In another process, with another seed of its hashes, from another folder; nothing tells of time or place."""
     shutil.copytree(EXAMPLE, tmp_path / "checkpoint")

@@ -41,9 +41,9 @@ def checks() -> Iterator[str]:
 @pytest.mark.parametrize("way", ["altered", "forged"])
 def test_a_sample_of_mutants_does_no_harm(way: str, tmp_path: Path) -> None:
     artifact_fuzz.prepare(tmp_path)
-    found = artifact_fuzz.fuzz(way, tmp_path, mutants=80, seed=7)
+    found = artifact_fuzz.fuzz(way, tmp_path, mutants=50, seed=7)
     assert found["wrong"] == []
-    assert sum(found["refused_by"].values()) > 50
+    assert sum(found["refused_by"].values()) > 30
 
 
 @pytest.mark.parametrize("way", ["altered", "forged"])

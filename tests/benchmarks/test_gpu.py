@@ -81,6 +81,7 @@ def test_steps_and_memory(programs: Path, tmp_path: Path) -> None:
     assert engine["measured_bytes"] is None  # the CPU's allocator does not count
 
 
+@pytest.mark.slow
 def test_decoding(programs: Path, tmp_path: Path) -> None:
     """Contenders decode the same tokens where they compute the same, as many in as many passes."""
     [section] = run(programs, tmp_path / "out.json", "--only", "decode", "--no-compiled").values()

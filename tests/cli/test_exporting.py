@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.artifacts import tree
 from tests.cli.test_commands import is_one_line, run
 from tests.export.models import compiled
@@ -55,6 +57,7 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     assert "no artifact, for it has no manifest.json" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_tensorrt_reports_partitions(tmp_path: Path) -> None:
     """And writes nothing; without a dry run, it says what to install."""
     artifact = compiled(tmp_path / "artifact").path

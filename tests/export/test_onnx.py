@@ -73,7 +73,14 @@ def engines(make: Make) -> Callable[[str], dllmc.Engine]:
     return of
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+# Every other one in `make test`.
+CASES = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if number % 2 else [])
+    for number, case in enumerate(all_cases())
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_golden(case: Case, engines: Callable[[str], dllmc.Engine]) -> None:
     """Dense and cached: exact tokens, in as many steps."""
     engine = engines(case.folder)

@@ -36,7 +36,7 @@ def smallest_budget(folder: str, out: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("folder", "every"), [(FOLDERS[0], 5), *(pytest.param(f, 1, marks=pytest.mark.slow) for f in FOLDERS)]
+    ("folder", "every"), [(FOLDERS[0], 10), *(pytest.param(f, 1, marks=pytest.mark.slow) for f in FOLDERS)]
 )
 def test_tokens_under_three_budgets(folder: str, every: int, tmp_path: Path) -> None:
     """The smallest budget that works, one between, and one that holds every row at once; of all cases or a part."""

@@ -82,6 +82,8 @@ class Styled(nn.Module):
 
 
 STYLES = ("pre", "post", "parallel", "mqa", "fused", "skip")
+# Half of them in `make test`.
+SOME = [pytest.param(style, marks=[pytest.mark.slow] if n % 2 else []) for n, style in enumerate(STYLES)]
 
 
 def looped(
@@ -144,7 +146,7 @@ def kept_whole(step: StepGraph, loop: Loop) -> list[fx.Node]:
     return [node for attention in attentions for node in attention.args[1:3] if loop_of(node) == loop]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", SOME)
 def test_no_product_is_made_twice_and_loops_are_in_one_piece(style: str) -> None:
     before = captured(Styled(style), SPEC)
     pipeline.run(before, until("chunk-activations")[:-1])
@@ -159,7 +161,7 @@ def test_no_product_is_made_twice_and_loops_are_in_one_piece(style: str) -> None
     assert len(runs) == len(set(runs))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", SOME)
 @pytest.mark.parametrize("chunk", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 1000))])
 def test_what_is_computed_stays(style: str, chunk: int) -> None:
     """The graph before and after the pass, and the program: the numeric check compares them on random steps."""

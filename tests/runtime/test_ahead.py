@@ -175,7 +175,7 @@ def test_a_step_that_fails_on_the_gpu_ends_its_requests(pair: Pair) -> None:
     assert other.result() == host.generate([[4] * 240], params)[0]
 
 
-@pytest.mark.parametrize("where", ["launch", "wait"])
+@pytest.mark.parametrize("where", [pytest.param("launch", marks=pytest.mark.slow), "wait"])
 def test_an_interrupted_step_is_not_lost(where: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever ran it is interrupted, by Ctrl-C say; the requests stay, and decode what they would have."""
     host, gpu, stream = pair

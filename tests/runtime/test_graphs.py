@@ -177,7 +177,8 @@ def test_a_binding_checks_that_nothing_moved(weights: dict[str, torch.Tensor]) -
 
 
 @interpreted
-@pytest.mark.parametrize("folder", ["llada-mha", pytest.param("dream-gqa", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["llada-mha", "dream-gqa"])
 def test_an_engine_with_graphs_decodes_the_same(folder: str, tmp_path: Any) -> None:
     """All programs over one memory: upload, record, replay and read back in any order, and after warming up."""
     options = dllmc.CompileOptions(max_tokens_per_step=200, max_requests=4, max_logit_rows=24, device="cuda")

@@ -72,12 +72,13 @@ def test_while_it_compiles(tmp_path: Path, seconds: float) -> None:
     assert before.text == after.text == "3"
 
 
+@pytest.mark.slow
 def test_while_it_writes(tmp_path: Path) -> None:
     """Again and again within one process's writing: what is left is whole or nothing, and the next one clears it up."""
     out = tmp_path / "out.dllmc"
     dllmc.compile(EXAMPLE, out)
     expected = {name for name in listing(out) if name != "manifest.json"}
-    for _ in range(2):
+    for _ in range(3):
         killed_after(WRITE, EXAMPLE, out, seconds=random.uniform(0.0, 0.4))
         assert_whole_or_gone(out)
     dllmc.compile(EXAMPLE, out)
