@@ -17,6 +17,7 @@ from dllmc.cli.options import (
     json_option,
     no_hash_option,
     sampling_options,
+    threads_option,
     token_ids,
 )
 from dllmc.errors import RequestError
@@ -84,6 +85,7 @@ for command in (
 @sampling_options
 @cache_options
 @device_option
+@threads_option
 @no_hash_option
 @option(
     "Output",
@@ -118,6 +120,7 @@ def generate(
     file: str | None,
     chat: bool,
     device: str | None,
+    threads: int | str,
     no_hash: bool,
     watch: bool,
     stats: bool,
@@ -138,7 +141,7 @@ def generate(
     params, policy = dllmc.SamplingParams(**sampling, logprobs=watch), dllmc.CachePolicy(**cache)
     with prompts.replacing(out) if out is not None else nullcontext() as stream:
         with terminal.progress(f"load {artifact}"):
-            engine = dllmc.load(artifact, device, hash_weights=not no_hash)
+            engine = dllmc.load(artifact, device, hash_weights=not no_hash, threads=threads)
         results = _decode(engine, given, chat, params, policy, watch, stats)
         records = [prompts.json_line(prompts.record(g, r)) for g, r in zip(given, results, strict=True)]
         if stream is not None:

@@ -16,6 +16,7 @@ from dllmc.cli.options import (
     json_option,
     plot_option,
     swept_cache_options,
+    threads_option,
 )
 from dllmc.cli.report import counted, table
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @api_option("Decoding", "threshold", float, "Commit every token at least this confident, and the best one.")
 @swept_cache_options
 @device_option
+@threads_option
 @json_option(
     "Print a JSON object a line and policy: `task`, `examples`, `accuracy`, `interval` (95 %), `forward_passes`, "
     "`tokens`, `seconds`, `tokens_per_second`, `policy`, and for code `nll` and `nll_interval` (nats a token), else "
@@ -55,6 +57,7 @@ def eval_command(
     examples: int,
     seed: int,
     device: str | None,
+    threads: int | str,
     as_json: bool,
     plot: Path | None,
     caches: Sequence[Mapping[str, Any]],
@@ -76,7 +79,7 @@ def eval_command(
         from dllmc.evaluate import evaluate
 
         policies = [dllmc.CachePolicy(**cache) for cache in caches]
-        engine = dllmc.load(artifact, device)
+        engine = dllmc.load(artifact, device, threads=threads)
         given = {name: value for name, value in sampling.items() if value is not None}
         reports = []
         for done, policy in enumerate(policies):

@@ -262,6 +262,29 @@ no_hash_option: Callable[[F], F] = option(
 )
 
 
+class _ThreadCount(click.ParamType[int | str]):
+    """`auto` or a number of threads."""
+
+    name = "threads"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        count: int = click.IntRange(1).convert(value, param, ctx)
+        return count
+
+
+threads_option: Callable[[F], F] = option(
+    "Loading",
+    "--threads",
+    type=_ThreadCount(),
+    metavar="N",
+    default="auto",
+    show_default=True,
+    help="CPU threads that a step runs on; auto: as many as there are cores that other processes leave idle.",
+)
+
+
 def out_argument(command: F) -> F:
     """OUT or none, where nothing else may stand than an artifact: refused at once, before anything is compiled."""
 

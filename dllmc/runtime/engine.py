@@ -37,6 +37,7 @@ from dllmc.runtime.request import GenerationResult, RequestState
 from dllmc.runtime.roster import Entry, Roster
 from dllmc.runtime.snapshot import Snapshot, snapshot
 from dllmc.runtime.table import IntArray, Table
+from dllmc.runtime.threads import Threads
 from dllmc.runtime.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -62,14 +63,16 @@ class Engine:
         device: str | torch.device | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         buckets: bool | None = None,
+        threads: int | str | None = None,
     ) -> None:
-        """`dllmc.load` makes one, and says what `scheduling`, `max_queue` and `device` are.
+        """`dllmc.load` makes one, and says what `scheduling`, `max_queue`, `device` and `threads` are.
 
         weights: instead of the artifact's, by name, of their dtypes and shapes, dense and on that device. buckets:
         whether steps are padded to `dllmc.runtime.buckets`, which changes no token; None: on a GPU, which records them.
         """
         if scheduling not in scheduler.POLICIES:
             raise RequestError(f"scheduler is {scheduling!r}; expected one of {', '.join(scheduler.POLICIES)}")
+        self._threads = Threads(threads)
         self.artifact = loaded
         self.spec = loaded.spec
         self.tokenizer = load_tokenizer(loaded.path, loaded.manifest["tokenizer"])
@@ -414,6 +417,7 @@ class Engine:
         return batch.compose(self._table, rows, most, self.spec.mask_id, has_cache, self._buckets)
 
     def _launch(self, step: Batch) -> Running:
+        self._threads.before_step()
         try:
             return launch(step, self._executors.get(step.phase) or self._executors[self._program.name])
         except BaseException:

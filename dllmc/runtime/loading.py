@@ -21,6 +21,7 @@ def load(
     max_queue: int = MAX_QUEUE,
     *,
     hash_weights: bool = True,
+    threads: int | str | None = None,
 ) -> Engine:
     """Open an artifact and allocate what its plan says: `artifact.memory["total"]` bytes.
 
@@ -29,6 +30,8 @@ def load(
     state leave of it. None: the pool is as large as it was compiled. `scheduler`: "multiplexed", or for comparison
     "fcfs" or "static" (`dllmc.runtime.scheduler`); tokens are the same. `max_queue`: requests that may wait in line.
     `hash_weights` false: the weights' bytes are taken as they are, which saves reading them once; all else is checked.
+    `threads`: CPU threads of a step; "auto" uses the cores that other processes leave, and follows their load; None
+    leaves torch's number as it is.
 
     Raises `ArtifactError`; `DeviceError` where the machine has no such device, or the artifact is for another; and
     `BudgetError` where not a page is left, or the device has less memory than it takes.
@@ -39,7 +42,7 @@ def load(
     if memory_budget is not None:
         opened = _within(opened, memory_budget)
     require_room(opened, chosen)
-    return Engine(opened, scheduler, max_queue, str(chosen))
+    return Engine(opened, scheduler, max_queue, str(chosen), threads=threads)
 
 
 def require_servable(opened: Artifact) -> None:

@@ -382,7 +382,7 @@ def test_completion_in_bash(tiny_llada: Path) -> None:
         return done.stdout.split()
 
     assert completed("dllmc", "comp") == ["compile", "completion"]
-    assert completed("dllmc", "generate", "x", "--th") == ["--threshold"]
+    assert completed("dllmc", "generate", "x", "--th") == ["--threshold", "--threads"]
     assert completed("dllmc", "generate", "x", "--remasking", "e") == ["entropy"]
 
 
