@@ -128,6 +128,16 @@ def heads() -> list[str]:
     ]
 
 
+def busy() -> list[str]:
+    """A row for each number of busy processes in the results of benchmarks/busy_cpu.py."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "busy_cpu.json").read_text())["results"]
+    times = {(r["busy_processes"], r["threads"]): f"{r['of_idle']:.2f}x" for r in records}
+    return [
+        f"| {count} | {' | '.join(times[count, threads] for threads in (None, 1, 'auto'))} |"
+        for count in dict.fromkeys(count for count, _ in times)
+    ]
+
+
 def fused() -> list[str]:
     """A row for each fused operator in the results of benchmarks/fused_cpu.py: the range of its costs."""
     records = json.loads((ROOT / "benchmarks" / "results" / "fused_cpu.json").read_text())["results"]
@@ -239,6 +249,7 @@ def test_figures_are_the_benchmarks() -> None:
     assert table("First figures") == figures()
     assert table("What compiling takes") == compile_times()
     assert table("What the head costs") == heads()
+    assert table("On a busy machine") == busy()
     assert table("What fusing saves") == fused()
     assert table("How long a sequence fits") == contexts()
     assert table("How good the plans are") == planned()
