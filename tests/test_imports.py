@@ -43,3 +43,16 @@ def test_public_names() -> None:
     assert all(getattr(dllmc, name) is not None for name in dllmc.__all__)
     assert sorted(dllmc._HOME) == sorted(dllmc.__all__)
     assert not hasattr(dllmc, "nonsense")
+
+
+def test_every_error_is_at_the_top() -> None:
+    """`except dllmc.RequestError` works, for each class of dllmc/errors.py, without loading torch."""
+    code = (
+        "import inspect, sys, dllmc\n"
+        "import dllmc.errors as errors\n"
+        "names = [name for name, kind in vars(errors).items() if inspect.isclass(kind)]\n"
+        "assert len(names) >= 16 and 'RequestError' in names\n"
+        "assert all(getattr(dllmc, name) is getattr(errors, name) and name in dllmc.__all__ for name in names)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
